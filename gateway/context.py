@@ -1,0 +1,123 @@
+"""What the layers tell one another about one request: a single object in place of many dictionaries."""
+
+from enum import StrEnum
+from time import monotonic
+
+from starlette.types import Scope
+
+from gateway.policies.services import Service
+
+KEY = "gateway"  # where the context lives in an ASGI scope
+
+
+class Cause(StrEnum):
+    """Why a request ended: exactly one a request, the same in log, metric, breaker and replica (RESILIENCE.md, 4)."""
+
+    COMPLETED = "completed"  # a whole answer, of whatever status (a 5xx other than 501 is a failure)
+
+    CONNECT_FAILED = "connect_failed"  # refused, unreachable, no such name, TLS failure
+    CONNECT_TIMEOUT = "connect_timeout"
+    WRITE_TIMEOUT = "write_timeout"  # the service stopped taking the request's body
+    RESET = "reset"  # the connection broke before the answer began
+    GARBLED = "garbled"  # what came is not an HTTP/1.1 answer
+    FIRST_BYTE_TIMEOUT = "first_byte_timeout"
+    STALLED = "stalled"  # too long between two bytes of an answer
+    ANSWER_TIMEOUT = "answer_timeout"  # the whole answer took too long
+    CUT_SHORT = "cut_short"  # the connection broke within the answer
+    ERROR_EVENT = "error_event"  # a stream that ended by saying so
+    DROPPED = "dropped"  # a WebSocket that the service let go within seconds
+
+    NO_CONNECTION = "no_connection"  # all connections to the service were in use for too long
+    CLIENT_LEFT = "client_left"
+    CLIENT_TOO_SLOW = "client_too_slow"  # in sending its body or in reading the answer
+    CLIENT_DEADLINE = "client_deadline"  # what the caller allowed in X-Request-Timeout-Ms ran out
+    REFUSED = "refused"  # by the gateway itself: `RequestContext.reason` says why
+    SHUTDOWN = "shutdown"
+    GATEWAY_FAULT = "gateway_fault"
+
+
+SERVICE_FAULTS = frozenset(
+    {
+        Cause.CONNECT_FAILED,
+        Cause.CONNECT_TIMEOUT,
+        Cause.WRITE_TIMEOUT,
+        Cause.RESET,
+        Cause.GARBLED,
+        Cause.FIRST_BYTE_TIMEOUT,
+        Cause.STALLED,
+        Cause.ANSWER_TIMEOUT,
+        Cause.CUT_SHORT,
+        Cause.ERROR_EVENT,
+        Cause.DROPPED,
+    }
+)
+
+
+def is_failure_status(status: int) -> bool:
+    """Whether a whole answer of this status is its service's failure: 501 says only what the service does not do."""
+    return status >= 500 and status != 501
+
+
+class RequestContext:
+    """One request's facts, from its arrival to its log line.
+
+    Inner layers write what they decide; the outermost read it when the request has ended.
+
+    Attributes:
+        correlation_id: the request's name across systems (SPEC.md, 3).
+        started: when it arrived, seconds on the monotonic clock.
+        endpoint: its bounded name in metrics: a route's prefix, a path of the gateway's own, or ``other``.
+        service: where it goes; None until routed, and for the gateway's own paths.
+        caller: who the limiter counts it for, ``user:...`` or ``ip:...``; empty before the limiter.
+        client_address: the address of the client itself, as far as trusted proxies vouch for it.
+        probe: the breaker is half-open and this request is one of its probes: it is never retried.
+        status: the status sent to the client; 0 before one was. A WebSocket that was accepted has 101.
+        attempts: how often it was sent to a replica of the service.
+        replica: the address of the last replica tried.
+        bytes_in: bytes of body read from the client.
+        bytes_out: bytes of body given to the client.
+        first_byte_at: when the first byte of the service's body came, monotonic seconds.
+        cause: why it ended.
+        reason: where the gateway refused it, a word saying why: ``rate_limited``, ``breaker_open``, ``full`` ...
+    """
+
+    __slots__ = (
+        "attempts",
+        "bytes_in",
+        "bytes_out",
+        "caller",
+        "cause",
+        "client_address",
+        "correlation_id",
+        "endpoint",
+        "first_byte_at",
+        "probe",
+        "reason",
+        "replica",
+        "service",
+        "started",
+        "status",
+    )
+
+    def __init__(self) -> None:
+        self.correlation_id = ""
+        self.started = monotonic()
+        self.endpoint = "other"
+        self.service: Service | None = None
+        self.caller = ""
+        self.client_address = ""
+        self.probe = False
+        self.status = 0
+        self.attempts = 0
+        self.replica = ""
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.first_byte_at: float | None = None
+        self.cause: Cause | None = None
+        self.reason = ""
+
+    @staticmethod
+    def of(scope: Scope) -> "RequestContext":
+        """The context an outer layer made for this request, else a new one (which the caller puts in its scope)."""
+        context: RequestContext | None = scope.get(KEY)
+        return RequestContext() if context is None else context

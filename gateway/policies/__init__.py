@@ -1,0 +1,1 @@
+"""Decisions only: no await, no input or output, no clock, no ASGI."""

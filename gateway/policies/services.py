@@ -1,0 +1,115 @@
+"""Which service a path belongs to, and how requests to it are to be treated."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from urllib.parse import unquote_to_bytes
+
+
+class UnsafePathError(ValueError):
+    """A path that two parsers could read differently, or that would leave its prefix. Says why in plain words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """How long each phase of a request to a service may take, seconds (RESILIENCE.md, 4)."""
+
+    connect: float = 2.0
+    pool: float = 1.0  # waiting for a free connection
+    write: float = 30.0  # the service not taking a byte of the body
+    first_byte: float = 120.0
+    between_bytes: float = 60.0
+    answer: float = 300.0  # an answer that announced its length
+    stream: float = 900.0  # one that did not
+    client: float = 30.0  # the client not reading, or not sending, a byte
+    websocket_ping: float = 20.0
+    websocket_idle: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """One service behind the gateway.
+
+    Attributes:
+        name: as breakers, logs and metrics call it, ``recommendation-service``.
+        prefix: the path prefix that leads to it, ``/api/v1/recommendations``.
+        replicas: its addresses, each ``http://host:port[/path]`` or ``https://...``.
+        preserve_host: send the client's ``Host`` on, rather than the replica's own.
+        max_body_bytes: the largest request body it is sent.
+        max_in_flight: requests it may be working on at a time, over this worker; None: no bound of its own.
+        retries: how often a request that is safe to send again is sent again (RESILIENCE.md, 3).
+        retry_all_methods: a POST to this service is safe to send again.
+        ca_file: certificates to verify it by, in place of the system's.
+    """
+
+    name: str
+    prefix: str
+    replicas: tuple[str, ...]
+    preserve_host: bool = False
+    max_body_bytes: int = 10 * 1024 * 1024
+    max_in_flight: int | None = None
+    retries: int = 1
+    retry_all_methods: bool = False
+    ca_file: str | None = None
+    timeouts: Timeouts = field(default_factory=Timeouts)
+
+
+class ServiceTable:
+    """The services by prefix; the longest prefix wins, and a prefix matches whole segments of the raw path only."""
+
+    def __init__(self, services: Iterable[Service]) -> None:
+        self.services = tuple(services)
+        self._by_prefix = {service.prefix.encode().rstrip(b"/"): service for service in self.services}
+        self._depths = sorted({prefix.count(b"/") for prefix in self._by_prefix}, reverse=True)
+
+    def match(self, raw_path: bytes) -> Service | None:
+        """The service that ``raw_path`` (as on the request line, without the query) leads to.
+
+        Raises:
+            UnsafePathError: it may not be passed on, whatever it leads to.
+        """
+        if b"\\" in raw_path or b"\0" in raw_path:
+            raise UnsafePathError("The path has a backslash or a NUL in it")
+        for depth in self._depths:
+            prefix = _segments(raw_path, depth)
+            if prefix is not None and (service := self._by_prefix.get(prefix)) is not None:
+                rest = raw_path[len(prefix) :]
+                if b"%" in rest or b"/." in rest:
+                    _refuse_leaving(rest)
+                return service
+        return None
+
+
+def _refuse_leaving(rest: bytes) -> None:
+    """Refuse what any reader could take to lead out of the prefix that ``rest`` follows.
+
+    Some services decode twice, take ``\\`` for ``/``, strip what follows a semicolon, or merge slashes.
+    """
+    for _ in range(4):
+        depth = 0
+        for segment in rest.replace(b"\\", b"/").split(b"/"):
+            name = segment.split(b";", 1)[0]
+            if name == b"..":
+                depth -= 1
+                if depth < 0:
+                    raise UnsafePathError("The path leaves the prefix of its service")
+            elif segment and name != b".":
+                depth += 1
+        decoded = unquote_to_bytes(rest)
+        if decoded == rest:
+            return
+        if b"\0" in decoded:
+            raise UnsafePathError("The path has a NUL in it")
+        rest = decoded
+    raise UnsafePathError("The path is percent-encoded too many times over")
+
+
+def _segments(path: bytes, count: int) -> bytes | None:
+    """The first ``count`` segments of a path, or None where it has fewer."""
+    end = 0
+    for _ in range(count):
+        if path[end : end + 1] != b"/":
+            return None
+        end = path.find(b"/", end + 1)
+        if end < 0:
+            return path if path.count(b"/") == count else None
+    return path[:end]
