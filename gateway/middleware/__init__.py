@@ -1,0 +1,1 @@
+"""One concern, one module, one class: each layer wraps any ASGI application."""

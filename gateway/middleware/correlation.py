@@ -1,0 +1,68 @@
+"""Correlation IDs: one name for a request, shared by its caller, our logs and the upstream."""
+
+from collections.abc import Callable, Iterable
+from os import urandom
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.context import KEY, RequestContext
+
+SAFE = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")  # in a header, a log line, a URL
+Header = tuple[bytes, bytes]
+OPENS_RESPONSE = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
+
+
+def random_id() -> bytes:
+    """32 hexadecimal digits that no two requests share."""
+    return urandom(16).hex().encode()
+
+
+def is_well_formed(correlation_id: bytes) -> bool:
+    """1 to 128 of ``A-Za-z0-9._-`` (SPEC.md, 3)."""
+    return 0 < len(correlation_id) <= 128 and SAFE.issuperset(correlation_id)
+
+
+class CorrelationASGI:
+    """Name every HTTP request and WebSocket; keep the caller's ID where it is well formed.
+
+    The name is on the request passed on, on its answer or denial, and in the request's context.
+
+    Args:
+        app: the ASGI application to wrap.
+        header: the header that carries the ID, both ways, in lower case.
+        new_id: makes a fresh ID, which must itself be well formed.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, header: bytes = b"x-correlation-id", new_id: Callable[[], bytes] = random_id
+    ) -> None:
+        self.app = app
+        self.header = header
+        self.new_id = new_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):  # lifespan, and whatever ASGI adds next
+            await self.app(scope, receive, send)
+            return
+
+        header = self.header
+        received = [value for name, value in scope["headers"] if name == header]
+        chosen = received[0] if len(received) == 1 and is_well_formed(received[0]) else self.new_id()
+        context = RequestContext.of(scope)
+        context.correlation_id = chosen.decode()
+        named = (header, chosen)
+
+        async def send_named(message: Message) -> None:
+            if message["type"] in OPENS_RESPONSE:
+                message = {**message, "headers": self._named(message.get("headers", ()), named)}
+            await send(message)
+
+        # A copy: outer layers keep the request they were given (ASGI specification, "Middleware").
+        headers = scope["headers"]
+        headers = self._named(headers, named) if received else [*headers, named]
+        await self.app({**scope, "headers": headers, KEY: context}, receive, send_named)
+
+    def _named(self, headers: Iterable[Header], named: Header) -> list[Header]:
+        kept = [header for header in headers if header[0] != self.header]
+        kept.append(named)
+        return kept

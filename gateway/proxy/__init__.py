@@ -1,0 +1,1 @@
+"""Forwarding: ProxyApp and what it alone needs."""

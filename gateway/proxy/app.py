@@ -1,0 +1,140 @@
+"""ProxyApp: the end of the stack, which forwards each request to its service and streams the answer back."""
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable, Mapping
+from hashlib import blake2s
+from urllib.parse import quote
+
+from starlette.types import Receive, Scope, Send
+
+from gateway.context import Cause, RequestContext
+from gateway.policies.callers import TrustedProxies
+from gateway.policies.services import Service, ServiceTable, UnsafePathError
+from gateway.problems import ForwardingError, answer
+from gateway.proxy.exchange import Exchange
+from gateway.proxy.route import Route
+from gateway.proxy.timers import TimerWheel
+
+UNSAFE_METHODS = frozenset({"CONNECT", "TRACE"})
+
+
+class ProxyApp:
+    """Forward HTTP requests and WebSockets to the services behind their path prefixes.
+
+    Bodies stream both ways with back-pressure, nothing is gathered; a client that leaves ends its upstream request at
+    once. What a service does wrong becomes 502 or 504 in the gateway's error form, or cuts the connection where the
+    answer has begun.
+
+    Args:
+        services: the services, or addresses by prefix: ``{"/api": "http://127.0.0.1:9000"}``; several replicas of one
+            are separated by commas. The path is passed on whole, prefix included.
+        trusted_proxies: peers whose ``X-Forwarded-*`` are believed: addresses, networks, ``unix``.
+        max_connections: to each replica.
+        random: what choices among replicas and back-off draw from: numbers from 0 up to 1.
+    """
+
+    def __init__(
+        self,
+        services: Iterable[Service] | Mapping[str, str],
+        *,
+        trusted_proxies: Iterable[str] = ("127.0.0.0/8", "::1", "unix"),
+        max_connections: int = 1000,
+        random: Callable[[], float] = random.random,
+    ) -> None:
+        self.services = ServiceTable(_services(services))
+        self.trusted = TrustedProxies(trusted_proxies)
+        self.max_connections = max_connections
+        # The same for all workers and pods of one configuration, another for a gateway before or behind this one.
+        digest = blake2s(repr(self.services.services).encode(), digest_size=4).hexdigest()
+        self.via = b"ai-gateway-" + digest.encode()
+        self.exchanges: set[Exchange] = set()
+        self._wheel: TimerWheel | None = None
+        self._random = random
+        self._routes: dict[str, Route] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        if scope["type"] not in ("http", "websocket"):
+            raise RuntimeError(f"ProxyApp does not know what to do with {scope['type']!r}")
+
+        context = RequestContext.of(scope)
+        if scope["type"] == "http" and scope["method"] in UNSAFE_METHODS:
+            await _refuse(scope, send, context, 405, "The gateway does not forward this method", "method")
+            return
+        service = context.service
+        if service is None:
+            try:
+                service = self.services.match(scope.get("raw_path") or quote(scope["path"]).encode())
+            except UnsafePathError as unsafe:
+                await _refuse(scope, send, context, 400, str(unsafe), "unsafe_path")
+                return
+            if service is None:
+                await _refuse(scope, send, context, 404, "No route for this path", "no_route")
+                return
+            context.service = service
+
+        route = self._route(service)
+        if scope["type"] == "websocket":
+            from gateway.proxy.websocket import relay  # loads `websockets`, which few embedders need
+
+            await relay(self, route, scope, receive, send, context)
+        else:
+            await Exchange(self, route, scope, receive, send, context).run()
+
+    @property
+    def open_connections(self) -> int:
+        """To all services."""
+        return sum(route.open_connections for route in self._routes.values())
+
+    def cut(self) -> None:
+        """End every answer that still runs: with an ``error`` event where that is possible (RESILIENCE.md, 6)."""
+        for exchange in list(self.exchanges):
+            exchange.abort(ForwardingError(Cause.SHUTDOWN, "The gateway is shutting down"))
+
+    async def aclose(self) -> None:
+        """Close the connections that wait for a request."""
+        for route in self._routes.values():
+            route.close()
+        self._routes.clear()
+        if self._wheel is not None:
+            self._wheel.close()
+            self._wheel = None
+
+    def _route(self, service: Service) -> Route:
+        loop = asyncio.get_running_loop()
+        wheel = self._wheel
+        if wheel is None or wheel.loop is not loop:  # connections belong to a loop: on another all starts afresh
+            wheel = self._wheel = TimerWheel(loop)
+            self._routes.clear()
+        route = self._routes.get(service.name)
+        if route is None:
+            route = Route(service, wheel=wheel, max_connections=self.max_connections, random=self._random)
+            self._routes[service.name] = route
+        return route
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await send({"type": "lifespan.startup.complete"})
+            elif message["type"] == "lifespan.shutdown":
+                await self.aclose()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+
+def _services(given: Iterable[Service] | Mapping[str, str]) -> Iterable[Service]:
+    if not isinstance(given, Mapping):
+        return given
+    return [
+        Service(name=prefix.strip("/") or "root", prefix=prefix, replicas=tuple(urls.replace(" ", "").split(",")))
+        for prefix, urls in given.items()
+    ]
+
+
+async def _refuse(scope: Scope, send: Send, context: RequestContext, status: int, message: str, reason: str) -> None:
+    context.cause, context.reason = Cause.REFUSED, reason
+    await answer(scope, send, status, message, reason=reason)

@@ -1,0 +1,199 @@
+"""The connections to one replica: kept alive and used again, bounded in number, shared out in the order of asking."""
+
+import asyncio
+import os
+import ssl
+from collections import deque
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from gateway.context import Cause
+from gateway.problems import ForwardingError
+from gateway.proxy.http1 import Http1Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a replica listens.
+
+    Attributes:
+        host: a name or an IP address.
+        port: of TCP.
+        tls: whether to speak TLS.
+        authority: as the ``Host`` field gives it.
+        path: a prefix that goes before every path, without a trailing slash.
+    """
+
+    host: str
+    port: int
+    tls: bool
+    authority: bytes
+    path: bytes
+
+    @classmethod
+    def parse(cls, url: str) -> "Address":
+        """An address from ``http://host[:port][/path]`` or ``https://...``.
+
+        Raises:
+            ValueError: it is not of that form.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(f"{url!r} is not http://host[:port][/path] or https://...")
+        tls = parts.scheme == "https"
+        port = parts.port or (443 if tls else 80)
+        return cls(parts.hostname, port, tls, parts.netloc.encode("idna"), parts.path.rstrip("/").encode())
+
+
+class ConnectionPool:
+    """The connections to one replica.
+
+    Args:
+        address: where it listens.
+        limit: connections at a time.
+        max_waiting: requests that may wait for one; a further one is refused at once.
+        idle_timeout: seconds after which a connection is not used again: less than services keep theirs.
+        tls: how to speak TLS, where the address asks for it.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        limit: int = 1000,
+        max_waiting: int = 1000,
+        idle_timeout: float = 4.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.address = address
+        self.limit = limit
+        self.max_waiting = max_waiting
+        self.idle_timeout = idle_timeout
+        self._tls = tls
+        self._idle: list[Http1Connection] = []  # the last given back is the first taken: the others may go stale
+        self._open = 0  # connecting, busy and idle
+        self._waiting: deque[asyncio.Future[Http1Connection | None]] = deque()
+
+    @property
+    def open(self) -> int:
+        """Connections there are, those being made included."""
+        return self._open
+
+    @property
+    def idle(self) -> int:
+        """Connections that wait for a request."""
+        return len(self._idle)
+
+    def take_idle(self, now: float) -> Http1Connection | None:
+        """A connection that is there and can be used at once."""
+        idle = self._idle
+        while idle:
+            connection = idle.pop()
+            if not connection.reusable:
+                connection.abort()
+            elif now - connection.idle_since > self.idle_timeout:
+                connection.abort()
+                self.close_idle()  # all below it are older
+            else:
+                return connection
+        return None
+
+    @property
+    def full(self) -> bool:
+        """As many connections are open as may be: the next request waits for one."""
+        return self._open >= self.limit
+
+    async def reserve(self) -> Http1Connection | None:
+        """Wait one's turn: for a connection given back, or (None) the right to ``connect``; the caller sets a bound.
+
+        Raises:
+            ForwardingError: too many wait already.
+        """
+        if self._open < self.limit:
+            self._open += 1
+            return None
+        if len(self._waiting) >= self.max_waiting:
+            raise ForwardingError(Cause.NO_CONNECTION, "All connections to the service are in use")
+        waiting: asyncio.Future[Http1Connection | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiting)
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            if waiting.done() and not waiting.cancelled():  # it was given what it no longer wants: pass it on
+                connection = waiting.result()
+                if connection is None:
+                    self._place_freed()
+                else:
+                    self.give_back(connection)
+            raise
+
+    async def connect(self) -> Http1Connection:
+        """A new connection, in the place that ``reserve`` gave; the caller sets a bound.
+
+        Raises:
+            ForwardingError: the replica can't be reached.
+        """
+        loop = asyncio.get_running_loop()
+        address = self.address
+        made = False
+        try:
+            _, connection = await loop.create_connection(
+                lambda: Http1Connection(loop),
+                address.host,
+                address.port,
+                ssl=self._tls if address.tls else None,
+                server_hostname=address.host if address.tls else None,
+            )
+            made = True
+        except OSError as error:  # TLS errors are among them
+            raise ForwardingError(Cause.CONNECT_FAILED, f"The service can't be reached: {_in_words(error)}") from error
+        finally:
+            if not made:
+                self._place_freed()
+        if connection.is_closing:  # it was gone before it was ours
+            self._place_freed()
+            raise ForwardingError(Cause.CONNECT_FAILED, "The service closed the connection at once")
+        connection.on_lost = self._lost
+        return connection
+
+    def give_back(self, connection: Http1Connection) -> None:
+        """Return a connection after its exchange: kept where it can be used again, closed elsewhere."""
+        if not connection.reusable:
+            connection.abort()  # its place is freed when it is lost
+            return
+        connection.end()
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(connection)
+                return
+        self._idle.append(connection)
+
+    def close_idle(self) -> None:
+        """Close the connections that wait for a request."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.abort()
+
+    def _lost(self, connection: Http1Connection) -> None:
+        connection.on_lost = None
+        if connection in self._idle:
+            self._idle.remove(connection)
+        self._place_freed()
+
+    def _place_freed(self) -> None:
+        """One connection fewer: its place goes to the first that waits."""
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
+                return
+        self._open -= 1
+
+
+def _in_words(error: OSError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not valid ({error.verify_message})"
+    if isinstance(error, ssl.SSLError):
+        return "TLS failed"
+    return os.strerror(error.errno).lower() if error.errno and error.errno > 0 else "no such name"

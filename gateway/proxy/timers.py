@@ -1,0 +1,94 @@
+"""One coarse clock for all deadlines: a timer of the event loop's own per request would cost more than the request."""
+
+import asyncio
+from collections.abc import Callable
+from heapq import heappop, heappush
+
+TICK = 0.01  # seconds
+
+
+class Deadline:
+    """Calls ``expire`` once ``due`` has passed; moving ``due`` later costs an assignment."""
+
+    __slots__ = ("_slot", "due", "expire")
+
+    def __init__(self, due: float, expire: Callable[[], None]) -> None:
+        self.due = due
+        self.expire = expire
+        self._slot: set[Deadline] | None = None
+
+
+class TimerWheel:
+    """Deadlines by the tick they fall in; the event loop holds one timer, for the earliest.
+
+    A deadline fires at most one tick late, and never early.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._slots: dict[int, set[Deadline]] = {}
+        self._ticks: list[int] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_tick = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._slots.values()))
+
+    def add(self, deadline: Deadline) -> None:
+        """Watch a deadline until it fires or is removed."""
+        tick = int(deadline.due / TICK) + 1
+        slot = self._slots.get(tick)
+        if slot is None:
+            slot = self._slots[tick] = set()
+            heappush(self._ticks, tick)
+            if self._timer is None or tick < self._timer_tick:
+                self._arm(tick)
+        slot.add(deadline)
+        deadline._slot = slot
+
+    def remove(self, deadline: Deadline) -> None:
+        """Stop watching; nothing happens where it has fired or was never added."""
+        if deadline._slot is not None:
+            deadline._slot.discard(deadline)
+            deadline._slot = None
+
+    def bring_forward(self, deadline: Deadline, due: float) -> None:
+        """Move ``due``, earlier as well as later. (Later alone needs no call: the wheel looks again when it fires.)"""
+        earlier = due < deadline.due
+        deadline.due = due
+        if earlier:
+            self.remove(deadline)
+            self.add(deadline)
+
+    def close(self) -> None:
+        """Forget all."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._slots.clear()
+        self._ticks.clear()
+
+    def _arm(self, tick: int) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_at(tick * TICK, self._fire)
+        self._timer_tick = tick
+
+    def _fire(self) -> None:
+        self._timer = None
+        now = self.loop.time()
+        current = int(now / TICK)
+        due: list[Deadline] = []
+        while self._ticks and self._ticks[0] <= current:
+            for deadline in self._slots.pop(heappop(self._ticks)):
+                deadline._slot = None
+                due.append(deadline)
+        for deadline in due:
+            if deadline.due > now:
+                self.add(deadline)
+            else:
+                deadline.expire()
+        while self._ticks and not self._slots[self._ticks[0]]:  # all of them ended in time
+            del self._slots[heappop(self._ticks)]
+        if self._ticks and (self._timer is None or self._ticks[0] < self._timer_tick):
+            self._arm(self._ticks[0])

@@ -1,0 +1,109 @@
+"""Which fields cross the gateway, as a table."""
+
+import pytest
+
+from gateway.proxy.headers import RequestFields, answer_fields, forwarding_fields
+
+Headers = list[tuple[bytes, bytes]]
+
+
+def crossing(headers: Headers) -> Headers:
+    lines = RequestFields(headers).kept.split(b"\r\n")[:-1]
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([(b"accept", b"a"), (b"x-a", b"1"), (b"x-a", b"2")], [(b"accept", b"a"), (b"x-a", b"1"), (b"x-a", b"2")]),
+        ([(b"connection", b"keep-alive, x-a"), (b"x-a", b"1"), (b"x-b", b"2")], [(b"x-b", b"2")]),
+        ([(b"connection", b""), (b"connection", b"X-A"), (b"x-a", b"1")], []),
+        ([(b"te", b"trailers"), (b"trailer", b"x"), (b"upgrade", b"h2c"), (b"keep-alive", b"timeout=5")], []),
+        ([(b"proxy-authorization", b"s"), (b"proxy-connection", b"close")], []),
+        ([(b"content_length", b"5"), (b"transfer_encoding", b"chunked"), (b"x_user_id", b"root")], []),
+        ([(b"x_own", b"kept")], [(b"x_own", b"kept")]),
+        ([(b"expect", b"100-continue"), (b"host", b"h"), (b"content-length", b"3")], []),
+        ([(b"connection", b"content-length"), (b"content-length", b"3"), (b"authorization", b"b")],
+         [(b"authorization", b"b")]),
+        ([(b"x-forwarded-for", b"6.6.6.6"), (b"x-forwarded-server", b"evil"), (b"forwarded", b"for=6.6.6.6")], []),
+    ],
+)  # fmt: skip
+def test_what_of_a_request_crosses_as_it_is(headers: Headers, expected: Headers) -> None:
+    assert crossing(headers) == expected
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([(b"set-cookie", b"a"), (b"set-cookie", b"b")], [(b"set-cookie", b"a"), (b"set-cookie", b"b")]),
+        ([(b"connection", b"x-internal"), (b"x-internal", b"1"), (b"date", b"d")], [(b"date", b"d")]),
+        ([(b"transfer-encoding", b"chunked"), (b"trailer", b"x"), (b"server", b"s")], [(b"server", b"s")]),
+        ([(b"connection", b"content-length"), (b"content-length", b"5")], [(b"content-length", b"5")]),
+        ([(b"proxy-authenticate", b"Basic"), (b"keep-alive", b"timeout=5")], []),
+    ],
+)
+def test_what_of_an_answer_reaches_the_client(headers: Headers, expected: Headers) -> None:
+    assert answer_fields(headers) == expected
+
+
+def forwarded(
+    headers: Headers, *, peer: bytes = b"203.0.113.9", trusted: bool, scheme: bytes = b"http"
+) -> dict[bytes, bytes]:
+    block = forwarding_fields(RequestFields(headers), peer=peer, trusted=trusted, scheme=scheme, via=b"gw")
+    lines = [line.partition(b": ") for line in block.split(b"\r\n")[:-1]]
+    fields = {name: value for name, _, value in lines}
+    assert len(fields) == len(lines), "no field twice"
+    return fields
+
+
+CLAIMS = [
+    (b"host", b"api.example"),
+    (b"x-forwarded-for", b"198.51.100.1"),
+    (b"x-forwarded-for", b"198.51.100.2"),
+    (b"x-forwarded-proto", b"https"),
+    (b"x-forwarded-host", b"shop.example"),
+    (b"x-real-ip", b"198.51.100.1"),
+    (b"forwarded", b"for=198.51.100.1"),
+    (b"via", b"1.1 edge"),
+]
+
+
+def test_a_strangers_claims_are_replaced() -> None:
+    assert forwarded(CLAIMS, trusted=False) == {
+        b"x-forwarded-proto": b"http",
+        b"via": b"1.1 edge, 1.1 gw",
+        b"x-forwarded-for": b"203.0.113.9",
+        b"x-real-ip": b"203.0.113.9",
+        b"x-forwarded-host": b"api.example",
+    }
+
+
+def test_a_trusted_proxys_claims_are_continued() -> None:
+    assert forwarded(CLAIMS, trusted=True) == {
+        b"x-forwarded-proto": b"https",
+        b"via": b"1.1 edge, 1.1 gw",
+        b"x-forwarded-for": b"198.51.100.1, 198.51.100.2, 203.0.113.9",
+        b"x-forwarded-host": b"shop.example",
+        b"x-real-ip": b"198.51.100.1",
+        b"forwarded": b"for=198.51.100.1, for=203.0.113.9",
+    }
+
+
+def test_a_unix_socket_has_no_address_to_add() -> None:
+    assert forwarded([(b"host", b"h")], peer=b"", trusted=True) == {
+        b"x-forwarded-proto": b"http",
+        b"via": b"1.1 gw",
+        b"x-forwarded-host": b"h",
+    }
+
+
+def test_an_ipv6_hop_is_quoted_in_forwarded() -> None:
+    fields = forwarded([(b"forwarded", b"for=a")], peer=b"2001:db8::1", trusted=True, scheme=b"https")
+    assert fields[b"forwarded"] == b'for=a, for="[2001:db8::1]"'
+    assert fields[b"x-forwarded-proto"] == b"https"
+
+
+def test_an_idempotency_key_is_seen_only_as_a_field() -> None:
+    assert RequestFields([(b"idempotency-key", b"1")]).keyed
+    assert RequestFields([(b"a", b"b"), (b"idempotency-key", b"1")]).keyed
+    assert not RequestFields([(b"a", b"idempotency-key: 1")]).keyed
