@@ -1,0 +1,38 @@
+# docker build -t ai-gateway . && docker run -p 8080:8080 --env-file .env ai-gateway
+# Runs on a read-only root as well: docker run --read-only --tmpfs /tmp ...
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /src
+# The locked dependencies first: they change less often than the code, and their layer is kept between builds.
+COPY requirements/base.txt requirements/build.txt requirements/
+RUN python3 -m venv --without-pip /opt/gateway \
+ && python3 -m venv /opt/build \
+ && /opt/build/bin/pip install --require-hashes --only-binary :all: -r requirements/build.txt \
+ && /opt/build/bin/pip --python /opt/gateway/bin/python install --no-compile --require-hashes --only-binary :all: \
+      -r requirements/base.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY gateway gateway
+# Compiled once, here, and never checked again: the root of the image that runs is read-only.
+RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /tmp/wheels . \
+ && /opt/build/bin/pip --python /opt/gateway/bin/python install --no-compile --no-deps --no-index /tmp/wheels/*.whl \
+ && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/gateway/lib
+
+FROM ${BASE}
+LABEL org.opencontainers.image.title="ai-gateway" \
+      org.opencontainers.image.description="An API gateway for AI services" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.authors="AI Gateway authors"
+COPY --from=build /opt/gateway /opt/gateway
+ENV PATH=/opt/gateway/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+# Where an .env or a gateway.toml may be mounted; nothing is written here.
+WORKDIR /app
+USER 65532:65532
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+# http.client, since urllib would go through a proxy that the environment names.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 \
+  CMD ["python3", "-c", "import http.client, sys; c = http.client.HTTPConnection('127.0.0.1', 8080, timeout=2); c.request('GET', '/health'); sys.exit(c.getresponse().status != 200)"]
+ENTRYPOINT ["ai-gateway"]
+CMD ["serve"]
