@@ -1,0 +1,1 @@
+"""The outside world: Redis, Qdrant, and what stands in for them in memory."""

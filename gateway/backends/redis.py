@@ -1,0 +1,404 @@
+"""The limiter on Redis: buckets that all workers share, and this worker's own while Redis is slow or gone."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from contextvars import Context
+from hashlib import sha1
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from gateway.backends.memory import MemoryLimiter, unix_microseconds
+from gateway.policies.token_bucket import CLOSED, LOCAL, Decision, Limits, describe
+
+if TYPE_CHECKING:
+    from redis.asyncio.connection import AbstractConnection
+
+HEARTBEAT = 0.25  # seconds between two
+PATIENCE = 0.5  # seconds for a connection to be made, or to give an answer it owes, before a new one is tried
+READY_WITHIN = 1.0  # seconds
+DENIAL_REMEMBERED = 1.0  # seconds at most
+DENIALS = 10_000
+HEARTBEAT_LIMITS = Limits.of(1_000_000, None)  # never refused: a refusal writes nothing, and so would not try writing
+
+_SCRIPT = Path(__file__).with_name("token_bucket.lua").read_bytes()
+_EVAL = b"*9\r\n$4\r\nEVAL\r\n$%d\r\n%b\r\n$1\r\n1\r\n" % (len(_SCRIPT), _SCRIPT)
+_EVALSHA = b"*9\r\n$7\r\nEVALSHA\r\n$40\r\n%b\r\n$1\r\n1\r\n" % sha1(_SCRIPT).hexdigest().encode()  # noqa: S324  its name
+_NOT_YET = object()
+
+
+class RedisLimiter:
+    """Token buckets in Redis.
+
+    All checks that arrive in one turn of the loop, or while others are under way, leave together: one write, one read.
+    The first error or missed deadline switches to this worker's own buckets, begun from what was last known; a
+    heartbeat finds the way back. It starts by itself at the first check, if ``start`` did not; ``aclose`` ends it.
+
+    Args:
+        url: ``redis://``, ``rediss://`` or ``unix://``, with what redis-py reads in it.
+        prefix: of every key.
+        deadline: seconds that Redis has for an answer, from when the question left.
+        workers: how many processes share a limit while Redis is gone.
+        capacity: callers whose buckets are kept in this process for then.
+        on_change: told at each change whether the buckets are shared from now on, and why.
+        clock: Unix microseconds, for this worker's own buckets.
+
+    Raises:
+        ValueError: the URL is none of Redis's.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        prefix: str = "gateway:1:",
+        deadline: float = 0.025,
+        workers: int = 1,
+        capacity: int = 100_000,
+        on_change: Callable[[bool, str], None] = lambda shared, reason: None,
+        clock: Callable[[], int] = unix_microseconds,
+    ) -> None:
+        self._connection = _connection(url)  # loads redis-py now rather than at the first request
+        self._prefix = prefix
+        self._deadline = deadline
+        self._on_change = on_change
+        self._clock = clock
+        self._own = MemoryLimiter(workers=workers, capacity=capacity, clock=clock)
+        self._denied: dict[str, tuple[float, Decision]] = {}
+        self._arguments: dict[tuple[Limits, int], bytes] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None  # the one this runs in; None: it does not
+        self._closed = False
+        self._shared: bool | None = None  # None: no answer yet, nor a failure
+        self._forget()
+
+    @property
+    def shared(self) -> bool:
+        """Whether Redis decides. If not, each worker does by itself."""
+        return self._shared is True
+
+    async def start(self) -> None:
+        """Connect; return after the first answer or the first failure, and after a second in any case."""
+        self._closed = False
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._begin(loop)
+        await asyncio.wait([self._ready], timeout=READY_WITHIN)
+
+    async def aclose(self) -> None:
+        """Close the connection. Checks that still come are decided as without Redis."""
+        self._closed = True
+        if self._loop is not None and self._loop is asyncio.get_running_loop():
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+
+    async def take(self, key: str, limits: Limits, cost: int = 1, on_failure: str = LOCAL) -> Decision:
+        """Take ``cost`` tokens for a caller; 0 only looks.
+
+        Args:
+            key: of the caller's buckets.
+            limits: of the buckets.
+            cost: in tokens.
+            on_failure: without Redis decide by this worker's own buckets (``local``), pass (``open``), or refuse
+                (``closed``).
+        """
+        if cost and (denial := self._denied.get(key)) is not None:
+            if monotonic() < denial[0]:
+                return denial[1]
+            del self._denied[key]
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop and not self._closed:
+            self._begin(loop)
+        if self._shared is not False and not self._closed:
+            decision = await self._ask(loop, key, limits, cost)
+            if decision is not None:
+                return decision
+        return self._without_redis(key, limits, cost, on_failure)
+
+    def _without_redis(self, key: str, limits: Limits, cost: int, on_failure: str) -> Decision:
+        if on_failure == LOCAL:
+            decision = self._own.take_now(key, limits, cost)
+        else:
+            now_us = self._clock()
+            decision = describe(True, (0, 0, now_us), limits, now_us)
+            if on_failure == CLOSED:
+                decision.admitted = False
+                decision.remaining_minute = decision.remaining_hour = 0
+                decision.wait_us = 1_000_000  # the heartbeat looks four times by then
+        decision.mode = on_failure
+        return decision
+
+    # One connection, and the checks on their way
+
+    def _forget(self) -> None:
+        self._link: _Link | None = None
+        self._waiting: list[_Check] = []  # to leave with the next flight
+        self._again: list[_Check] = []  # before them, for Redis had forgotten the script
+        self._under_way: deque[_Check] = deque()  # in the order of their answers
+        self._departed_at = 0.0
+        self._boarding = False
+        self._alarm: asyncio.Handle | None = None
+
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start in this loop; what belongs to one that has ended is left to it."""
+        self._forget()
+        self._loop = loop
+        self._shared = None
+        self._ready: asyncio.Future[None] = loop.create_future()
+        # of no request's context: it outlives the one that happened to start it
+        self._keeper = loop.create_task(self._keep(loop), context=Context())
+
+    async def _keep(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Hold a connection, and try it with the script itself at every beat."""
+        try:
+            while True:
+                began = loop.time()
+                try:
+                    if self._link is None:
+                        async with asyncio.timeout(PATIENCE):
+                            self._link = _Link(await _connect(self._connection), self._answered, self._broke)
+                    await self._ask(loop, "heartbeat", HEARTBEAT_LIMITS, 1)
+                    if self._under_way and loop.time() - self._departed_at > PATIENCE:
+                        self._drop()
+                except TimeoutError:
+                    self._lose(f"no connection within {PATIENCE * 1000:.0f} ms")
+                except Exception as error:
+                    self._lose(str(error) or repr(error))
+                await asyncio.sleep(max(0.0, began + HEARTBEAT - loop.time()))
+        finally:
+            if self._loop is loop:
+                self._loop = self._shared = None
+                self._drop()
+                if self._alarm is not None:
+                    self._alarm.cancel()
+                if not self._ready.done():
+                    self._ready.set_result(None)
+
+    def _ask(
+        self, loop: asyncio.AbstractEventLoop, key: str, limits: Limits, cost: int
+    ) -> "asyncio.Future[Decision | None]":
+        """Ask Redis; None where it does not answer in time, or not with a decision."""
+        check = _Check(loop.create_future(), key, limits, cost, loop.time())
+        self._waiting.append(check)
+        if not self._boarding and not self._under_way:
+            self._boarding = True
+            loop.call_soon(self._depart)
+        if self._alarm is None:
+            self._alarm = loop.call_later(self._deadline, self._look)
+        return check.answer
+
+    def _depart(self) -> None:
+        """Send all that wait, if nothing is under way."""
+        self._boarding = False
+        if self._link is None or self._under_way:
+            return
+        command = _EVAL if self._again else _EVALSHA  # the first one teaches Redis the script
+        flight: list[bytes] = []
+        for check in [*self._again, *self._waiting]:
+            if not check.answer.done():  # a request given up while it waited: it costs no token
+                key = (self._prefix + check.key).encode(errors="backslashreplace")  # no key may hold up the others
+                flight += (command, b"$%d\r\n%b\r\n" % (len(key), key), self._argument(check.limits, check.cost))
+                self._under_way.append(check)
+                command = _EVALSHA
+        self._again, self._waiting = [], []
+        if flight:
+            self._departed_at = asyncio.get_running_loop().time()
+            self._link.send(b"".join(flight))
+
+    def _argument(self, limits: Limits, cost: int) -> bytes:
+        packed = self._arguments.get((limits, cost))
+        if packed is None:
+            numbers: list[int] = []
+            for limit in (limits.minute, limits.hour):
+                numbers += (-1, 0) if limit is None else (limit.tokens, limit.period_us)
+            packed = b"".join(b"$%d\r\n%d\r\n" % (len(str(number)), number) for number in (*numbers, cost))
+            self._arguments[limits, cost] = packed
+        return packed
+
+    def _answered(self, reply: Any) -> None:
+        if not self._under_way:
+            raise ConnectionError(str(reply))  # such as having too many clients
+        check = self._under_way[0]
+        if isinstance(reply, list):
+            admitted, debt_minute, debt_hour, reached_us, now_us = reply
+            decision = describe(admitted == 1, (debt_minute, debt_hour, reached_us), check.limits, now_us)
+            in_time = not check.answer.done()
+            if in_time:
+                check.answer.set_result(decision)
+            if check.limits is not HEARTBEAT_LIMITS:
+                self._learn(check, decision, debt_minute, debt_hour)
+            elif in_time:
+                self._switch(True, "Redis answers")
+        elif str(reply).startswith("NOSCRIPT") and not check.is_again:
+            check.is_again = True
+            self._again.append(check)
+        else:
+            self._lose(str(reply))
+        self._under_way.popleft()
+        if not self._under_way and (self._again or self._waiting):
+            self._depart()
+
+    def _learn(self, check: "_Check", decision: Decision, debt_minute: int, debt_hour: int) -> None:
+        if self._shared is not False:  # by now the own buckets may hold more than this late answer knows of
+            self._own.remember(check.key, check.limits, (debt_minute, debt_hour, 0))
+        if not decision.admitted:
+            if len(self._denied) >= DENIALS:
+                self._denied.clear()
+            wait = DENIAL_REMEMBERED if decision.wait_us is None else decision.wait_us / 1_000_000
+            self._denied[check.key] = (monotonic() + min(wait, DENIAL_REMEMBERED), decision)
+
+    # The deadline: one timer for all checks, and two more turns of the loop, for it may be we who were late
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = self._due()
+        if due is None:
+            self._alarm = None
+        elif loop.time() < due:
+            self._alarm = loop.call_at(due, self._look)
+        else:
+            self._alarm = loop.call_soon(self._look_again)
+
+    def _look_again(self) -> None:
+        # what the socket holds is read in this turn, after this call; the next call is after that
+        self._alarm = asyncio.get_running_loop().call_soon(self._give_up)
+
+    def _give_up(self) -> None:
+        due = self._due()
+        if due is not None and asyncio.get_running_loop().time() >= due:
+            self._alarm = None
+            self._lose(f"no answer within {self._deadline * 1000:.0f} ms")
+        else:
+            self._look()
+
+    def _due(self) -> float | None:
+        """When patience ends: counted from the departure of what is under way, or while nothing can leave, from the
+        oldest arrival. None: nobody waits.
+        """
+        if any(not check.answer.done() for check in self._under_way):
+            return self._departed_at + self._deadline
+        for check in (*self._again, *self._waiting):
+            if not check.answer.done():
+                return check.arrived + self._deadline
+        return None
+
+    # The two modes
+
+    def _switch(self, shared: bool, reason: str) -> None:
+        if shared is not self._shared:
+            self._shared = shared
+            self._on_change(shared, reason)
+        if not self._ready.done():
+            self._ready.set_result(None)
+
+    def _lose(self, reason: str) -> None:
+        self._release()
+        self._switch(False, reason)
+
+    def _release(self) -> None:
+        """Let every check go without an answer; those under way are still owed one by the connection."""
+        for check in (*self._under_way, *self._again, *self._waiting):
+            if not check.answer.done():
+                check.answer.set_result(None)
+        self._again, self._waiting = [], []
+
+    def _broke(self, link: "_Link", reason: str) -> None:
+        if link is self._link:
+            self._drop()
+            self._lose(reason)
+
+    def _drop(self) -> None:
+        if self._link is not None:
+            self._link.abort()
+            self._link = None
+        self._release()
+        self._under_way.clear()
+
+
+class _Check:
+    """One question to Redis."""
+
+    __slots__ = ("answer", "arrived", "cost", "is_again", "key", "limits")
+
+    def __init__(
+        self, answer: "asyncio.Future[Decision | None]", key: str, limits: Limits, cost: int, arrived: float
+    ) -> None:
+        self.answer = answer
+        self.key = key
+        self.limits = limits
+        self.cost = cost
+        self.arrived = arrived
+        self.is_again = False
+
+
+class _Link(asyncio.Protocol):
+    """A connection that redis-py has made and logged in to, its bytes read here: a fifth of the time a command."""
+
+    def __init__(
+        self,
+        writer: asyncio.StreamWriter,
+        answered: Callable[[Any], None],
+        broke: Callable[["_Link", str], None],
+    ) -> None:
+        import hiredis
+
+        self._writer = writer  # which would close the transport if it were let go of
+        self._transport = writer.transport
+        self._reader = hiredis.Reader(notEnoughData=_NOT_YET)
+        self._answered = answered
+        self._broke = broke
+        self._transport.set_protocol(self)
+        if self._transport.is_closing():
+            raise ConnectionError("Redis closed the connection")
+
+    def send(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._reader.feed(data)
+            while (reply := self._reader.gets()) is not _NOT_YET:
+                self._answered(reply)
+        except Exception as error:  # what came is not the protocol, or not what was asked for
+            self._broke(self, f"Redis sent something unexpected: {error}")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._broke(self, f"the connection to Redis broke: {error}" if error else "Redis closed the connection")
+
+
+def _connection(url: str) -> "AbstractConnection":
+    """A connection of redis-py's, not yet made; it can be made again and again, and reads certificates but once.
+
+    Raises:
+        ValueError: the URL is none of Redis's, or has an option that redis-py does not know.
+    """
+    from redis.asyncio.connection import Connection, parse_url
+
+    options: dict[str, Any] = {
+        **parse_url(url),
+        "protocol": 2,  # no pushes between the answers
+        "driver_info": None,  # no CLIENT SETINFO, which a restricted user may not be allowed
+        "retry_on_timeout": False,
+    }
+    for of_a_pool in ("max_connections", "timeout"):
+        options.pop(of_a_pool, None)
+    kind: type[AbstractConnection] = options.pop("connection_class", Connection)
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ValueError(f"an option in the URL of Redis is not known: {error}") from None
+
+
+async def _connect(connection: "AbstractConnection") -> asyncio.StreamWriter:
+    """Connect and log in; the stream is the caller's."""
+    try:
+        await connection.connect()  # type: ignore[no-untyped-call]
+        writer: asyncio.StreamWriter = connection._writer  # type: ignore[assignment]
+        connection._reader = connection._writer = None  # redis-py has no way to say: it is mine now
+        return writer
+    except BaseException:
+        await connection.disconnect(nowait=True)
+        raise
