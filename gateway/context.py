@@ -5,6 +5,7 @@ from time import monotonic
 
 from starlette.types import Scope
 
+from gateway.policies.circuit_breaker import Outcome
 from gateway.policies.services import Service
 
 KEY = "gateway"  # where the context lives in an ASGI scope
@@ -36,25 +37,35 @@ class Cause(StrEnum):
     GATEWAY_FAULT = "gateway_fault"
 
 
-SERVICE_FAULTS = frozenset(
-    {
-        Cause.CONNECT_FAILED,
-        Cause.CONNECT_TIMEOUT,
-        Cause.WRITE_TIMEOUT,
-        Cause.RESET,
-        Cause.GARBLED,
-        Cause.FIRST_BYTE_TIMEOUT,
-        Cause.STALLED,
-        Cause.ANSWER_TIMEOUT,
-        Cause.CUT_SHORT,
-        Cause.ERROR_EVENT,
-        Cause.DROPPED,
-    }
-)
+SUCCESS, FAILURE, NEUTRAL = Outcome.SUCCESS, Outcome.FAILURE, Outcome.NEUTRAL
+OUTCOMES = {
+    Cause.COMPLETED: SUCCESS,  # unless its status is a failure: `is_failure`
+    Cause.NO_CONNECTION: NEUTRAL,
+    Cause.CONNECT_FAILED: FAILURE,
+    Cause.CONNECT_TIMEOUT: FAILURE,
+    Cause.WRITE_TIMEOUT: FAILURE,
+    Cause.RESET: FAILURE,
+    Cause.GARBLED: FAILURE,
+    Cause.FIRST_BYTE_TIMEOUT: FAILURE,
+    Cause.STALLED: FAILURE,
+    Cause.ANSWER_TIMEOUT: FAILURE,
+    Cause.CUT_SHORT: FAILURE,
+    Cause.ERROR_EVENT: FAILURE,
+    Cause.DROPPED: FAILURE,
+    Cause.CLIENT_LEFT: NEUTRAL,  # unless it waited long: `Permit.finish_abandoned`
+    Cause.CLIENT_TOO_SLOW: NEUTRAL,
+    Cause.CLIENT_DEADLINE: NEUTRAL,
+    Cause.REFUSED: NEUTRAL,
+    Cause.SHUTDOWN: NEUTRAL,
+    Cause.GATEWAY_FAULT: NEUTRAL,
+}
+# Codes by which a service says of a WebSocket that it can't go on (RFC 6455, 7.4.1, and IANA's registry). The others it
+# may have been given cause for by the client, who must not be able to open the breaker.
+DROP_CODES = frozenset({1006, 1011, 1012, 1013, 1014, 1015})
 
 
-def is_failure_status(status: int) -> bool:
-    """Whether a whole answer of this status is its service's failure: 501 says only what the service does not do."""
+def is_failure(status: int) -> bool:
+    """Whether an answer's status says that the service failed: 5xx, but not 501, which says what it never could."""
     return status >= 500 and status != 501
 
 

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from starlette.types import Receive, Scope, Send
 
-from gateway.context import SERVICE_FAULTS, Cause, RequestContext, is_failure_status
+from gateway.context import OUTCOMES, Cause, RequestContext, is_failure
 from gateway.policies.circuit_breaker import Outcome
 from gateway.policies.retry import may_resend
 from gateway.problems import ForwardingError, answer, error_body
@@ -79,6 +79,7 @@ class Exchange:
         self._phase_ends = NEVER
         self._answer_ends = NEVER
         self._allowed_until = NEVER  # by the caller
+        self._ends = NEVER  # the earlier of these two
 
     async def run(self) -> None:
         """Forward the request and answer the client.
@@ -141,8 +142,8 @@ class Exchange:
             except asyncio.CancelledError as cancelled:
                 failure = self._own_abort(cancelled)
             finally:
-                if failure is not None and failure.cause in SERVICE_FAULTS:
-                    outcome = Outcome.FAILURE
+                if failure is not None:
+                    outcome = OUTCOMES[failure.cause]
                 place.finish(outcome, loop.time())
                 silent = self._let_go()
             if failure is not None:
@@ -163,7 +164,7 @@ class Exchange:
                 raise ForwardingError(Cause.REFUSED, message, status=400, reason="bad_timeout")
             if int(allowed[0]) == 0:
                 raise ForwardingError(Cause.CLIENT_DEADLINE, TOO_LATE[Cause.CLIENT_DEADLINE])
-            self._allowed_until = self._loop.time() + int(allowed[0]) / 1000
+            self._ends = self._allowed_until = self._loop.time() + int(allowed[0]) / 1000
             self._expect(Cause.CLIENT_TOO_SLOW, NEVER)
         if fields.length is not None and int(fields.length) > self.route.service.max_body_bytes:
             raise self._too_large()
@@ -226,7 +227,7 @@ class Exchange:
         self._dispatch(connection, pool, head, fields)
         await connection.head()
 
-        self._answered_badly = is_failure_status(connection.status)
+        self._answered_badly = is_failure(connection.status)
         if self._answered_badly or connection.status == 429:
             wait = self._wait_to_resend(fields, refusal=connection)
             if wait is not None:
@@ -312,6 +313,7 @@ class Exchange:
         self._streams_events = connection.content_length is None and is_event_stream(headers)
         whole = timeouts.stream if connection.content_length is None else timeouts.answer
         self._answer_ends = self._loop.time() + whole
+        self._ends = min(self._answer_ends, self._allowed_until)
         context.status = connection.status
         start = {"type": "http.response.start", "status": connection.status, "headers": headers}
 
@@ -413,9 +415,10 @@ class Exchange:
         """From now on, ``seconds`` without another call of this means that ``cause`` ended the request."""
         ends = self._loop.time() + seconds
         self._phase, self._phase_ends = cause, ends
-        soonest = min(ends, self._answer_ends, self._allowed_until)
-        if soonest < self._deadline.due:
-            self.route.wheel.bring_forward(self._deadline, soonest)
+        if ends > self._ends:
+            ends = self._ends
+        if ends < self._deadline.due:
+            self.route.wheel.bring_forward(self._deadline, ends)
 
     def _look(self) -> None:
         """The wheel's call: has a deadline passed, or is it only time to watch the client?"""
@@ -430,7 +433,7 @@ class Exchange:
             if self._listener is None and self._uploaded:
                 self._listen(self._watch_client())
             again = LOOK_AGAIN if self._listener is not None else LISTEN_AFTER  # the body may still be awaited
-            self._deadline.due = min(self._phase_ends, self._answer_ends, self._allowed_until, now + again)
+            self._deadline.due = min(self._phase_ends, self._ends, now + again)
             self.route.wheel.add(self._deadline)
 
     def _abort(self, cause: Cause) -> None:

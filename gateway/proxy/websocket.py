@@ -12,7 +12,7 @@ from websockets.http11 import Response
 from websockets.typing import Subprotocol
 from websockets.uri import WebSocketURI
 
-from gateway.context import SERVICE_FAULTS, Cause, RequestContext, is_failure_status
+from gateway.context import DROP_CODES, OUTCOMES, Cause, RequestContext, is_failure
 from gateway.policies.circuit_breaker import Outcome
 from gateway.problems import ForwardingError, answer
 from gateway.proxy.headers import RequestFields, answer_fields, forwarding_fields
@@ -49,11 +49,11 @@ async def relay(
     try:
         upstream = await _open(proxy, route, route.pool(place.address).address, scope)
     except InvalidStatus as refusal:
-        outcome = Outcome.FAILURE if is_failure_status(refusal.response.status_code) else Outcome.SUCCESS
+        outcome = Outcome.FAILURE if is_failure(refusal.response.status_code) else Outcome.SUCCESS
         context.cause, context.status = Cause.COMPLETED, refusal.response.status_code
         await _deny(scope, send, refusal.response)
     except ForwardingError as error:
-        outcome = Outcome.FAILURE if error.cause in SERVICE_FAULTS else Outcome.NEUTRAL
+        outcome = OUTCOMES[error.cause]
         context.cause = error.cause
         await answer(scope, send, error.status, error.message, reason=error.cause.value)
     else:
@@ -107,8 +107,10 @@ async def _open(proxy: "ProxyApp", route: Route, address: Address, scope: Scope)
         raise ForwardingError(cause, "The service did not answer the WebSocket handshake in time") from error
     except OSError as error:
         raise ForwardingError(Cause.CONNECT_FAILED, "The service can't be reached") from error
-    except InvalidStatus:
-        raise
+    except InvalidStatus as refusal:
+        if refusal.response.status_code >= 300:
+            raise
+        raise ForwardingError(Cause.GARBLED, "The service took the WebSocket handshake for a plain request") from None
     except (InvalidHandshake, WebSocketException, EOFError) as error:
         raise ForwardingError(Cause.GARBLED, "The service's answer to the WebSocket handshake is not valid") from error
     finally:
@@ -168,9 +170,9 @@ async def _carry(
         code, reason = to_client.result()
         sent = {NO_STATUS: 1000, ABNORMAL: BAD_GATEWAY, 1015: BAD_GATEWAY}.get(code, code)
         await send({"type": "websocket.close", "code": sent, "reason": reason})
-        if code not in (1000, GOING_AWAY, NO_STATUS) and loop.time() - began < QUICKLY:
-            return Cause.DROPPED
-        return Cause.CUT_SHORT if code == ABNORMAL else Cause.COMPLETED
+        if code not in DROP_CODES:
+            return Cause.COMPLETED
+        return Cause.DROPPED if loop.time() - began < QUICKLY else Cause.CUT_SHORT
     finally:
         to_service.cancel()
         to_client.cancel()
