@@ -1,0 +1,171 @@
+"""The access log: one line a request, written when it has ended, the aborted and the refused included."""
+
+from collections.abc import Callable, Collection
+from time import monotonic, time
+from typing import Any
+
+import orjson
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.context import Cause
+from gateway.policies.timestamps import timestamp
+from gateway.watch import Watch
+
+PROBES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
+COMPLETED = Cause.COMPLETED
+LEVELS = {"TRACE": 5, "DEBUG": 10, "INFO": 20, "SUCCESS": 25, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
+LONGEST_PATH = 1024  # a line must stay below the 4,096 bytes that a pipe takes whole
+LONGEST_METHOD = 32
+COLOURS = {"DEBUG": 36, "INFO": 32, "WARNING": 33, "ERROR": 31}
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+
+
+class LoggingASGI:
+    """Write one line for each request and WebSocket when it has ended (SPEC.md, 7); never a body, key, token or query.
+
+    The level is ERROR where the answer was a 5xx, WARNING where the client got less than a whole one, else INFO.
+
+    Args:
+        app: the ASGI application to wrap.
+        sink: takes each line, its newline included; must neither wait nor raise. None: standard output, buffered.
+        json: lines of JSON; else for people.
+        colour: colour the lines for people.
+        level: the least to write, by name.
+        quiet_paths: paths of which only failures are written, and the rest at level DEBUG.
+        clock: seconds, monotonic.
+        now: seconds since 1970.
+
+    Raises:
+        ValueError: no such level.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        sink: Callable[[bytes], None] | None = None,
+        json: bool = True,
+        colour: bool = False,
+        level: str = "INFO",
+        quiet_paths: Collection[str] = PROBES,
+        clock: Callable[[], float] = monotonic,
+        now: Callable[[], float] = time,
+    ) -> None:
+        if level.upper() not in LEVELS:
+            raise ValueError(f"No such log level: {level}")
+        if sink is None:
+            from gateway.backends.log_sink import standard_output
+
+            sink = standard_output().write
+        self.app = app
+        self.sink = sink
+        self.json = json
+        self.colour = colour
+        self.level = LEVELS[level.upper()]
+        self.quiet_paths = frozenset(quiet_paths)
+        self.clock = clock
+        self.now = now
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+
+        watch, inner, receive, send = Watch.over(scope, receive, send, self.clock)
+        try:
+            await self.app(inner, receive, send)
+        except BaseException as error:
+            watch.ended(error)
+            raise
+        else:
+            watch.ended()
+        finally:
+            self._log(scope, watch)
+
+    def _log(self, scope: Scope, watch: Watch) -> None:
+        context = watch.context
+        status = watch.status
+        level = "ERROR" if status >= 500 else "WARNING" if watch.cut_short else "INFO"
+        if level == "INFO" and status < 400 and scope["path"] in self.quiet_paths:
+            level = "DEBUG"
+        if LEVELS[level] < self.level:
+            return
+        started = context.started
+        fields: dict[str, Any] = {
+            "timestamp": timestamp(int(self.now())),
+            "level": level,
+            "message": "Request completed" if context.cause is COMPLETED else _message(watch),
+            "correlation_id": context.correlation_id,
+            "method": scope.get("method", "GET")[:LONGEST_METHOD],  # a WebSocket's handshake is a GET
+            "path": _path(scope),
+            "status_code": status,
+            "duration_ms": _milliseconds(self.clock() - started),
+        }
+        if context.service is not None:
+            fields["service"] = context.service.name
+        if context.caller:
+            fields["caller"] = context.caller
+        if context.client_address:
+            fields["client"] = context.client_address
+        elif scope.get("client"):
+            fields["client"] = scope["client"][0]
+        if context.attempts:
+            fields["attempts"] = context.attempts
+            fields["replica"] = context.replica
+        if watch.bytes_in:
+            fields["bytes_in"] = watch.bytes_in
+        if watch.bytes_out:
+            fields["bytes_out"] = watch.bytes_out
+        first_byte_at = context.first_byte_at or watch.answered_at
+        if first_byte_at is not None:
+            fields["ttfb_ms"] = _milliseconds(first_byte_at - started)
+        if context.cause is not COMPLETED:
+            fields["cause"] = context.cause
+        if context.reason:
+            fields["reason"] = context.reason
+        self.sink(_json(fields) if self.json else _text(fields, self.colour))
+
+
+def _message(watch: Watch) -> str:
+    if watch.context.cause is Cause.REFUSED:
+        return "Request refused"
+    return "Request aborted" if watch.cut_short else "Request failed"
+
+
+def _path(scope: Scope) -> str:
+    """The path as it was sent, without its query, whatever a server puts into ``raw_path``."""
+    raw: bytes | None = scope.get("raw_path")
+    path: str = scope["path"] if raw is None else raw.decode("ascii", "backslashreplace")
+    if "?" in path:
+        path = path[: path.index("?")]
+    return path if len(path) <= LONGEST_PATH else f"{path[:LONGEST_PATH]}..."
+
+
+def _milliseconds(seconds: float) -> float:
+    return int(seconds * 100_000 + 0.5) / 100  # half the time of round(), which minds how a number is written
+
+
+def _json(fields: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(fields, None, orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # a lone surrogate in what a server or an inner layer gave
+        fields = {
+            name: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+            for name, value in fields.items()
+        }
+        return orjson.dumps(fields, None, orjson.OPT_APPEND_NEWLINE)
+
+
+def _text(fields: dict[str, Any], colour: bool) -> bytes:
+    level = f"{fields['level']:<8}"
+    if colour:
+        level = f"\x1b[{COLOURS[fields['level']]}m{level}\x1b[0m"
+    rest = (
+        f"{fields['method']} {fields['path']} {fields['status_code']} {fields['duration_ms']:.2f} ms "
+        f"{fields['correlation_id'] or '-'}"
+    )
+    for name in ("service", "caller", "attempts", "cause", "reason"):
+        if name in fields:
+            rest += f" {name}={fields[name]}"
+    line = f"{fields['timestamp']} {level} {fields['message']}: {rest.translate(CONTROLS)}\n"
+    return line.encode("utf-8", "backslashreplace")

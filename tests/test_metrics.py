@@ -1,0 +1,300 @@
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from starlette.types import Receive, Scope, Send
+
+from gateway.backends.prometheus import MOST_CALLERS, Metrics, process_metrics
+from gateway.context import Cause, RequestContext
+from gateway.middleware.metrics import MetricsASGI
+from gateway.policies.services import Service
+from tests.asgi_call import call, http, websocket
+
+ROOT = Path(__file__).parent.parent
+CHAT = Service(name="chatbot-service", prefix="/api/v1/chat", replicas=("http://chatbot:8004",))
+FIXED = {
+    "http_requests_total": "counter",
+    "http_request_duration_seconds": "histogram",
+    "http_request_errors_total": "counter",
+    "circuit_breaker_state": "gauge",
+    "rate_limit_exceeded_total": "counter",
+}
+
+
+class Clock:
+    seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+class Measured:
+    """A metrics layer around an application, with a registry of its own."""
+
+    def __init__(self, app: Any) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry)
+        self.clock = Clock()
+        self.layer = MetricsASGI(app, metrics=self.metrics, clock=self.clock)
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(name, labels)
+
+    @property
+    def text(self) -> str:
+        return generate_latest(self.registry).decode()
+
+
+def answering(status: int, endpoint: str = "/api/v1/chat", **decided: Any) -> Any:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        context: RequestContext = scope["gateway"]
+        context.endpoint = endpoint
+        for name, value in decided.items():
+            setattr(context, name, value)
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b"x"})
+
+    return app
+
+
+def test_every_fixed_family_is_there_from_the_start() -> None:
+    measured = Measured(answering(200))
+    for name, kind in FIXED.items():
+        assert f"# TYPE {name} {kind}\n" in measured.text
+    for name in ("gateway_requests_in_flight", "log_lines_dropped_total", "rate_limiter_shared", "gateway_build_info"):
+        assert f"# TYPE {name} " in measured.text
+
+
+def test_services_that_are_expected_show_at_zero() -> None:
+    measured = Measured(answering(200))
+    measured.metrics.expect([CHAT])
+    labels = {"method": "POST", "endpoint": "/api/v1/chat"}
+    assert measured.value("http_requests_total", status="200", **labels) == 0
+    assert measured.value("http_request_errors_total", **labels) == 0
+    assert measured.value("http_request_duration_seconds_count", **labels) == 0
+    assert measured.value("http_request_duration_seconds_bucket", le="900.0", **labels) == 0
+    assert measured.value("circuit_breaker_state", service="chatbot-service") == 0
+    assert measured.value("gateway_upstream_attempts_total", service="chatbot-service") == 0
+
+
+async def test_a_request_is_counted_and_timed_under_its_endpoint() -> None:
+    measured = Measured(answering(200))
+    context = RequestContext()
+    context.started = measured.clock.seconds - 0.2
+    await call(measured.layer, http("/api/v1/chat/secret", "POST", gateway=context))
+    labels = {"method": "POST", "endpoint": "/api/v1/chat"}
+    assert measured.value("http_requests_total", status="200", **labels) == 1
+    assert measured.value("http_request_duration_seconds_sum", **labels) == pytest.approx(0.2)
+    assert measured.value("http_request_duration_seconds_bucket", le="0.1", **labels) == 0
+    assert measured.value("http_request_duration_seconds_bucket", le="0.25", **labels) == 1
+    assert measured.value("http_request_errors_total", **labels) == 0
+    assert "secret" not in measured.text
+
+
+@pytest.mark.parametrize(("status", "errors"), [(200, 0), (404, 0), (429, 0), (500, 1), (503, 1), (599, 1)])
+async def test_a_5xx_is_an_error(status: int, errors: int) -> None:
+    measured = Measured(answering(status))
+    await call(measured.layer, http())
+    assert measured.value("http_request_errors_total", method="GET", endpoint="/api/v1/chat") == errors
+
+
+@pytest.mark.parametrize(
+    ("error", "begun", "status"),
+    [
+        (ValueError(), False, "500"),
+        (ValueError(), True, "200"),
+        (ConnectionAbortedError(), True, "200"),
+        (asyncio.CancelledError(), False, "499"),
+        (asyncio.CancelledError(), True, "200"),
+        (None, True, "200"),
+    ],
+)
+async def test_an_answer_cut_short_is_an_error_and_what_is_raised_passes(
+    error: BaseException | None, begun: bool, status: str
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        if error is not None:
+            raise error
+
+    measured = Measured(app)
+    answer = await call(measured.layer, http())
+    assert answer.error is error
+    assert measured.value("http_request_errors_total", method="GET", endpoint="other") == 1
+    assert measured.value("http_requests_total", method="GET", endpoint="other", status=status) == 1
+    assert measured.value("gateway_requests_in_flight") == 0
+
+
+async def test_a_stream_that_ends_in_an_error_event_is_an_error_though_it_is_whole() -> None:
+    measured = Measured(answering(200, cause=Cause.ERROR_EVENT))
+    await call(measured.layer, http())
+    assert measured.value("http_request_errors_total", method="GET", endpoint="/api/v1/chat") == 1
+
+
+async def test_why_requests_end_and_how_often_services_are_asked() -> None:
+    measured = Measured(answering(502, service=CHAT, cause=Cause.CONNECT_FAILED, attempts=2))
+    await call(measured.layer, http())
+    service = {"service": "chatbot-service"}
+    assert measured.value("gateway_request_outcomes_total", cause="connect_failed", **service) == 1
+    assert measured.value("gateway_upstream_attempts_total", **service) == 2
+    assert measured.value("gateway_upstream_retries_total", **service) == 1
+
+
+async def test_labels_are_bounded_whatever_clients_send() -> None:
+    measured = Measured(answering(200, endpoint="other"))
+    await call(measured.layer, http())
+    series = measured.text.count("\n")
+    for number in range(50):
+        await call(measured.layer, http(f"/{number}", f"M{number}"))
+        await call(measured.layer, http(f"/{number}", "PROPFIND"))
+    assert measured.value("http_requests_total", method="OTHER", endpoint="other", status="200") == 100
+    assert measured.text.count("\n") < 2 * series
+
+
+def test_callers_have_names_up_to_a_bound() -> None:
+    measured = Measured(answering(200))
+    assert measured.value("rate_limit_exceeded_total", identifier="other") == 0
+    for number in range(MOST_CALLERS + 5):
+        measured.metrics.rate_limit_exceeded(f"ip:{number}")
+    measured.metrics.rate_limit_exceeded("ip:0")
+    assert measured.value("rate_limit_exceeded_total", identifier="ip:0") == 2
+    assert measured.value("rate_limit_exceeded_total", identifier="other") == 5
+
+
+async def test_requests_under_way_are_counted_two_at_once() -> None:
+    both = asyncio.Barrier(3)
+    leave = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await both.wait()
+        await leave.wait()
+
+    measured = Measured(app)
+    calls = [asyncio.create_task(call(measured.layer, http())) for _ in range(2)]
+    await both.wait()
+    assert measured.value("gateway_requests_in_flight") == 2
+    leave.set()
+    await asyncio.gather(*calls)
+    assert measured.value("gateway_requests_in_flight") == 0
+
+
+async def test_a_websocket_counts_with_the_time_of_its_handshake() -> None:
+    measured = Measured(None)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        measured.clock.seconds += 0.03
+        await send({"type": "websocket.accept"})
+        measured.clock.seconds += 3600
+        await send({"type": "websocket.close", "code": 1000})
+
+    measured.layer.app = app
+    await call(measured.layer, websocket())
+    assert measured.value("http_requests_total", method="GET", endpoint="other", status="101") == 1
+    assert measured.value("http_request_duration_seconds_sum", method="GET", endpoint="other") == pytest.approx(0.03)
+    assert measured.value("http_request_errors_total", method="GET", endpoint="other") == 0
+
+
+def test_breakers_are_shown_as_numbers() -> None:
+    measured = Measured(answering(200))
+    for state, number in (("open", 2), ("half_open", 1), ("closed", 0)):
+        measured.metrics.breaker_changed("chatbot-service", state)
+        assert measured.value("circuit_breaker_state", service="chatbot-service") == number
+    measured.metrics.refresh({"chatbot-service": {"state": "half_open"}})
+    assert measured.value("circuit_breaker_state", service="chatbot-service") == 1
+    assert measured.value("circuit_breaker_transitions_total", service="chatbot-service", state="open") == 1
+
+
+def test_the_limiter_the_log_and_the_parser_are_counted() -> None:
+    measured = Measured(answering(200))
+    measured.metrics.limiter_shared(True)
+    assert measured.value("rate_limiter_shared") == 1
+    measured.metrics.limiter_shared(False)
+    assert measured.value("rate_limiter_shared") == 0
+    measured.metrics.lines_dropped(3)
+    assert measured.value("log_lines_dropped_total") == 3
+    measured.metrics.unparsed(431)
+    assert measured.value("http_requests_total", method="OTHER", endpoint="other", status="431") == 1
+
+
+async def test_a_slow_request_has_an_exemplar_in_openmetrics() -> None:
+    measured = Measured(answering(200))
+    for _ in range(2):
+        context = RequestContext()
+        context.correlation_id = "slow-one"
+        context.started = measured.clock.seconds - 7
+        await call(measured.layer, http(gateway=context))
+        context = RequestContext()
+        context.correlation_id = "x" * 128  # longer than an exemplar may be
+        context.started = measured.clock.seconds - 8
+        await call(measured.layer, http(gateway=context))
+    text = generate_openmetrics(measured.registry).decode()  # type: ignore[no-untyped-call]
+    assert ' # {correlation_id="slow-one"} 7.0' in text
+
+
+def test_two_gateways_in_a_process_share_their_metrics() -> None:
+    first, second = MetricsASGI(answering(200)), MetricsASGI(answering(200))
+    assert first.metrics is second.metrics is process_metrics()
+
+
+async def test_lifespan_passes_untouched() -> None:
+    seen: list[Scope] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope)
+
+    scope = {"type": "lifespan"}
+    await call(Measured(app).layer, scope, [])
+    assert seen[0] is scope
+
+
+def test_workers_are_added_up_whichever_is_asked(tmp_path: Path) -> None:
+    worker = """
+import sys
+from gateway.backends.prometheus import process_metrics
+from gateway.policies.services import Service
+metrics = process_metrics()
+metrics.expect([Service(name="chatbot-service", prefix="/api/v1/chat", replicas=())])
+from gateway.context import RequestContext
+from gateway.watch import Watch
+watch = Watch(RequestContext(), None, None, None)
+watch.context.endpoint, watch.context.attempts, watch.status, watch.whole = "/api/v1/chat", 2, 200, True
+watch.context.service = Service(name="chatbot-service", prefix="/api/v1/chat", replicas=())
+watch.ended()
+for _ in range(int(sys.argv[1])):
+    metrics.began()
+    metrics.ended("POST", 0.2, watch)
+metrics.began()
+metrics.limiter_shared(sys.argv[2] == "open")
+metrics.refresh({"chatbot-service": {"state": sys.argv[2]}})
+if sys.argv[2] == "open":
+    from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)
+    print(generate_latest(registry).decode())
+"""
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-W", "error", "-c", worker, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("3", "closed")
+    text = run("4", "open")
+    for name, kind in FIXED.items():
+        assert f"# TYPE {name} {kind}\n" in text, "there from the start"
+    assert 'http_requests_total{endpoint="/api/v1/chat",method="POST",status="200"} 7.0' in text
+    assert 'http_request_duration_seconds_count{endpoint="/api/v1/chat",method="POST"} 7.0' in text
+    assert 'gateway_upstream_retries_total{service="chatbot-service"} 7.0' in text
+    assert 'circuit_breaker_state{service="chatbot-service"} 2.0' in text
+    assert "gateway_requests_in_flight 1.0" in text, "the first worker is gone, and its requests with it"
+    assert "rate_limiter_shared 1.0" in text
