@@ -62,7 +62,6 @@ HEAVY = {
     "numpy",
     "prometheus_client",
     "pydantic",
-    "pydantic_settings",
     "qdrant_client",
     "redis",
     "rich",
@@ -84,7 +83,7 @@ MAY_LOAD = {
     "gateway.proxy.httpx_upstream": {"httpx"},
     "gateway.proxy.websocket": {"websockets"},
     "gateway.server": {"uvicorn", "uvloop", "websockets", "click"},
-    "gateway.settings": {"pydantic", "pydantic_settings"},
+    "gateway.settings": set(),
 }
 
 
