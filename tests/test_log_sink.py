@@ -2,6 +2,7 @@ import errno
 import json
 import logging
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ class Pipe:
 
     def read_until(self, enough: Callable[[bytes], bool]) -> bytes:
         while not enough(self.read):
+            assert select.select([self.reader], [], [], 5)[0], self.read
             self.read += os.read(self.reader, 65536)
         return self.read
 
@@ -292,7 +294,7 @@ def test_standard_logging_uvicorn_and_loguru_share_the_sink_and_its_form(pipe: P
     uvicorn = logging.getLogger("uvicorn.error")
     uvicorn.addHandler(logging.StreamHandler())
     configure_logging(sink, "info")
-    configure_logging(sink, "info")  # as a second gateway in the process does
+    leave = configure_logging(sink, "info")  # as a second gateway in the process does
 
     logging.getLogger("gateway.test").warning("hello %s", "there", extra={"correlation_id": "abc", "secret": "no"})
     uvicorn.info("Started server process [%d]", 7)
@@ -309,6 +311,8 @@ def test_standard_logging_uvicorn_and_loguru_share_the_sink_and_its_form(pipe: P
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn("old", DeprecationWarning, stacklevel=1)
+    leave()
+    logging.getLogger("gateway.test").warning("the sink is no longer for this: secret")
     sink.close()
     text = pipe.read_until(lambda data: data.count(b"\n") >= 5)
     lines = lines_of(text)

@@ -1,0 +1,419 @@
+"""Reading HTTP/1.1 requests strictly: what two parsers could read differently is refused (RFC 9112; EDGE.md).
+
+Bytes in, facts out: nothing here waits, writes or knows a connection.
+"""
+
+import binascii
+from functools import lru_cache
+from urllib.parse import unquote_to_bytes
+
+from gateway.policies.edge import EdgeLimits
+
+Header = tuple[bytes, bytes]
+
+MAX_CHUNK_OVERHEAD = 4096  # bytes of chunk extensions and trailers in one body ...
+ALLOWED_PER_CHUNK = 16  # ... beyond so many for each chunk
+
+# What the reference parser, llhttp, knows; any other method is malformed to it, and so to us.
+_METHODS = """
+    DELETE GET HEAD POST PUT CONNECT OPTIONS TRACE COPY LOCK MKCOL MOVE PROPFIND PROPPATCH SEARCH UNLOCK BIND REBIND
+    UNBIND ACL REPORT MKACTIVITY CHECKOUT MERGE M-SEARCH NOTIFY SUBSCRIBE UNSUBSCRIBE PATCH PURGE MKCALENDAR LINK UNLINK
+    SOURCE QUERY
+"""
+METHODS = {name.encode(): name for name in _METHODS.split()}
+VERSIONS = {b"HTTP/1.1": "1.1", b"HTTP/1.0": "1.0"}
+
+DIGITS = b"0123456789"
+HEX_DIGITS = b"0123456789abcdefABCDEF"
+ALPHANUMERIC = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+TOKEN = ALPHANUMERIC + b"!#$%&'*+-.^_`|~"  # RFC 9110, 5.6.2
+IN_HOST = ALPHANUMERIC + b"-._~%!$&'()*+;=:[]"  # RFC 3986, 3.2.2, without the comma, which would join two fields
+IN_ID = ALPHANUMERIC + b"._-"
+CONTROLS = bytes([*range(9), *range(10, 32), 127])  # all but the tab
+NOT_IN_TARGET = bytes([*range(33), 127]) + b"#"  # bytes above 127 pass: they are some clients' UTF-8
+
+# Fields that decide how a message is read or whom it is from: some services take `_` for `-`, so that
+# `Content_Length` or `X_User_ID` would slip past whoever vouches for the real one.
+SHADOWED = frozenset(
+    b"authorization connection content-encoding content-length content-type cookie expect forwarded host "
+    b"idempotency-key keep-alive proxy-authorization te traceparent tracestate trailer transfer-encoding upgrade via "
+    b"x-api-key x-correlation-id x-forwarded-for x-forwarded-host x-forwarded-port x-forwarded-proto x-real-ip "
+    b"x-request-timeout-ms x-user-id".split()
+)
+UNDERSTOOD = frozenset(
+    b"connection content-length expect host sec-websocket-key sec-websocket-version transfer-encoding upgrade "
+    b"x-correlation-id".split()
+)
+
+# A few names make up nearly all fields. Looked up they cost a third, and come out as the same objects each time, whose
+# hash is known: every layer that compares names gains. Strangers can't fill memory with it: only so many short ones.
+_NAMES: dict[bytes, bytes] = {}
+
+
+class RefusedError(Exception):
+    """A request that is not let in.
+
+    Attributes:
+        status: of the answer.
+        reason: a word for logs and metrics.
+        message: a sentence for the client.
+        header: one more header for the answer.
+    """
+
+    def __init__(self, status: int, reason: str, message: str, header: Header | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+        self.message = message
+        self.header = header
+
+
+class RequestHead:
+    """A request line and its header fields, found sound.
+
+    Attributes:
+        method, raw_path, query, version: of the request line; the bytes as they were sent, ``version`` as ``"1.1"``.
+        path: ``raw_path``, percent-decoded.
+        headers: names in lower case; without look-alikes of fields that matter.
+        length: bytes of body; None for a chunked one.
+        keep_alive: the client would go on after this request.
+        expects_continue: it waits for a 100 before it sends the body.
+        websocket: it asks for a WebSocket, soundly.
+        correlation_id: the one it came with, if well formed.
+    """
+
+    length: int | None = 0
+    expects_continue = False
+    websocket = False
+    correlation_id = ""
+
+    def __init__(self, method: str, raw_path: bytes, query: bytes, version: str) -> None:
+        self.method = method
+        self.raw_path = raw_path
+        self.path = _decoded(raw_path)
+        self.query = query
+        self.version = version
+        self.headers: list[Header] = []
+        self.keep_alive = version == "1.1"
+
+
+def read_head(head: bytes, limits: EdgeLimits) -> RequestHead:
+    """Read a whole head, given without the empty line that ended it.
+
+    Raises:
+        RefusedError: with 400, 405, 414, 417, 431, 501 or 505.
+    """
+    lines = head.split(b"\r\n")
+    request, authority = read_request_line(lines[0], limits)
+    if len(head) > limits.max_head_bytes:
+        raise _too_large()
+    if len(lines) - 1 > limits.max_fields:
+        raise RefusedError(431, "too_many_fields", "The request has too many header fields")
+    if len(head) - len(head.translate(None, CONTROLS)) != 2 * (len(lines) - 1):  # the line ends, and no other
+        raise _malformed("The request's header has a control character in it")
+    del lines[0]
+    if len(head) > limits.max_field_bytes and max(map(len, lines), default=0) > limits.max_field_bytes:
+        raise RefusedError(431, "field_too_large", "A header field of the request is too large")
+
+    headers = request.headers
+    understood: list[Header] = []
+    for line in lines:
+        raw_name, colon, value = line.partition(b":")
+        if not colon:
+            raise _malformed("A header field of the request has no colon")
+        name = _NAMES.get(raw_name) or field_name(raw_name)
+        if name is None:
+            continue
+        field = (name, value.strip(b" \t"))
+        headers.append(field)
+        if name in UNDERSTOOD:
+            understood.append(field)
+    _understand(request, understood, authority)
+    return request
+
+
+def read_request_line(line: bytes, limits: EdgeLimits) -> tuple[RequestHead, bytes | None]:
+    """The request that this line opens, and the authority it names where its target is a whole URL.
+
+    Raises:
+        RefusedError: with 400, 405, 414 or 505.
+    """
+    if len(line) > limits.max_request_line_bytes:
+        raise too_long_a_line()
+    parts = line.split(b" ")
+    if len(parts) != 3:
+        raise _malformed("The request line is malformed")
+    raw_method, target, raw_version = parts
+    version = VERSIONS.get(raw_version)
+    if version is None:
+        if raw_version.startswith(b"HTTP/") and not raw_version[5:].translate(None, DIGITS + b"."):
+            raise RefusedError(505, "http_version", "This is an HTTP/1.1 server")
+        raise _malformed("The request line is malformed")
+    method = METHODS.get(raw_method)
+    if method is None:
+        raise _malformed("The request's method is not known")
+    if method in ("CONNECT", "TRACE") or (target == b"*" and method == "OPTIONS"):
+        allow = (b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
+        raise RefusedError(405, "method_not_allowed", f"{method} is not allowed here", allow)
+    if not target or len(target.translate(None, NOT_IN_TARGET)) != len(target):
+        raise _malformed("The request's target has a character in it that must be escaped")
+    authority = None
+    if target[0] != 0x2F:  # "/"
+        authority, target = _split_absolute(target)
+    raw_path, _, query = target.partition(b"?")
+    return RequestHead(method, raw_path, query, version), authority
+
+
+def field_name(raw: bytes) -> bytes | None:
+    """A header field's name in lower case, or None for a look-alike to drop.
+
+    Raises:
+        RefusedError: it is not a name.
+    """
+    if not raw or raw.translate(None, TOKEN):
+        raise _malformed("A header field of the request has a malformed name")
+    name = raw.lower()
+    if b"_" in name and name.replace(b"_", b"-") in SHADOWED:
+        return None
+    if len(_NAMES) < 1024 and len(name) < 48:
+        _NAMES[raw] = name
+    return name
+
+
+def refuse_early(head: bytes | bytearray, limits: EdgeLimits) -> None:
+    """Look at a head that is not whole yet, so that what can't become one needs no deadline to be refused.
+
+    Raises:
+        RefusedError: whatever came after, ``read_head`` would refuse it too.
+    """
+    line_end = head.find(b"\r\n")
+    if line_end < 0:
+        if len(head) > limits.max_request_line_bytes + 1:  # the last one may be a CR
+            raise too_long_a_line()
+    else:
+        read_request_line(bytes(head[:line_end]), limits)
+    if len(head) > limits.max_head_bytes + 3:
+        raise _too_large()
+    if head.count(b"\r\n") - 1 > limits.max_fields:
+        raise RefusedError(431, "too_many_fields", "The request has too many header fields")
+    if len(head) > limits.max_field_bytes:
+        last = head.rfind(b"\r\n") + 2
+        if last >= 2 and len(head) - last > limits.max_field_bytes + 1:
+            raise RefusedError(431, "field_too_large", "A header field of the request is too large")
+    complete = head[:-1] if head.endswith(b"\r") else head
+    if len(complete) - len(complete.translate(None, CONTROLS)) != 2 * complete.count(b"\r\n"):
+        raise _malformed("The request's header has a control character in it")
+
+
+def too_long_a_line() -> RefusedError:
+    return RefusedError(414, "uri_too_long", "The request line is too long")
+
+
+class ChunkedBody:
+    """A chunked body, decoded as it comes; extensions and trailers are read over and forgotten.
+
+    Trailers never become headers: an ``Authorization`` among them would be one that nobody has checked.
+    """
+
+    __slots__ = ("_overhead", "_partial", "_reading", "_remaining")
+
+    def __init__(self) -> None:
+        self._reading = _SIZE
+        self._partial = b""  # what came of a line that is not whole yet
+        self._remaining = 0  # bytes of the current chunk
+        self._overhead = 0
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes | None]:
+        """Take bytes off the connection.
+
+        Returns:
+            The bytes of the body among them, and what follows the body: None until it has ended.
+
+        Raises:
+            RefusedError: with 400; the framing is unsound, or too much of it.
+        """
+        pieces: list[bytes] = []
+        data = self._partial + data
+        at = 0
+        while True:
+            if self._reading == _CHUNK:
+                piece = data[at : at + self._remaining]
+                pieces.append(piece)
+                at += len(piece)
+                self._remaining -= len(piece)
+                if self._remaining:
+                    break
+                self._reading = _CHUNK_END
+            end = data.find(b"\r\n", at)
+            if end < 0:
+                self._look_at_partial(data[at:])
+                break
+            line = data[at:end]
+            at = end + 2
+            if self._reading == _TRAILERS and not line:
+                return b"".join(pieces), data[at:]
+            self._read_line(line)
+        self._partial = data[at:]
+        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), None
+
+    def _read_line(self, line: bytes) -> None:
+        if self._reading == _CHUNK_END:
+            if line:
+                raise _malformed("A chunk of the request's body does not end where it should")
+            self._reading = _SIZE
+            return
+        self._overhead += len(line) + 2
+        if len(line.translate(None, CONTROLS)) != len(line):
+            raise _malformed("The framing of the request's body has a control character in it")
+        if self._reading == _SIZE:
+            self._overhead -= min(len(line) + 2, ALLOWED_PER_CHUNK)
+            size = line.partition(b";")[0]
+            if not 0 < len(size) <= 15 or size.translate(None, HEX_DIGITS):
+                raise _malformed("A chunk of the request's body has a malformed size")
+            self._remaining = int(size, 16)
+            self._reading = _CHUNK if self._remaining else _TRAILERS
+        else:
+            field_name(line.partition(b":")[0])
+        if self._overhead > MAX_CHUNK_OVERHEAD:
+            raise _too_much_framing()
+
+    def _look_at_partial(self, line: bytes) -> None:
+        if line.endswith(b"\r"):
+            line = line[:-1]
+        if len(line) > MAX_CHUNK_OVERHEAD:
+            raise _too_much_framing()
+        if line and (self._reading == _CHUNK_END or len(line.translate(None, CONTROLS)) != len(line)):
+            raise _malformed("The framing of the request's body is malformed")
+
+
+_SIZE, _CHUNK, _CHUNK_END, _TRAILERS = range(4)
+
+
+def _understand(request: RequestHead, fields: list[Header], authority: bytes | None) -> None:
+    """Draw from the fields that need understanding what ``request`` says of it."""
+    host: bytes | None = None
+    upgrade = key = websocket_version = b""
+    options: set[bytes] = set()
+    codings: list[bytes] = []
+    lengths: list[bytes] = []
+    for name, value in fields:
+        if name == b"host":
+            if host is not None:
+                raise _malformed("The request has two Host fields")
+            host = value
+        elif name == b"content-length":
+            lengths.append(value)
+        elif name == b"transfer-encoding":
+            codings.append(value)
+        elif name == b"connection":
+            options.update(option.strip(b" \t") for option in value.lower().split(b","))
+        elif name == b"expect":
+            if value.lower() != b"100-continue":
+                raise RefusedError(417, "expectation_failed", "The only expectation met here is 100-continue")
+            request.expects_continue = request.version == "1.1"
+        elif name == b"upgrade":
+            upgrade = value.lower()
+        elif name == b"sec-websocket-key":
+            key = value
+        elif name == b"sec-websocket-version":
+            websocket_version = value
+        elif not request.correlation_id and 0 < len(value) <= 128 and not value.translate(None, IN_ID):
+            request.correlation_id = value.decode()
+
+    _settle_host(request, host, authority)
+    _settle_length(request, lengths, codings)
+    if b"close" in options:
+        request.keep_alive = False
+    if request.length == 0:
+        request.expects_continue = False  # there is nothing to wait with
+    if upgrade == b"websocket" and b"upgrade" in options and request.method == "GET" and request.version == "1.1":
+        _check_handshake(request, key, websocket_version)
+        request.websocket = True
+
+
+def _settle_host(request: RequestHead, host: bytes | None, authority: bytes | None) -> None:
+    if host is not None and not _is_authority(host):
+        raise _malformed("The request's Host field is malformed")
+    if authority is None:
+        if host is None and request.version == "1.1":
+            raise _malformed("The request has no Host field")
+        return
+    if not _is_authority(authority):
+        raise _malformed("The request's target is malformed")
+    if host is None:
+        if request.version == "1.1":
+            raise _malformed("The request has no Host field")
+        request.headers.insert(0, (b"host", authority))
+    elif host.lower() != authority.lower():
+        raise _malformed("The request's Host field and its target name different hosts")
+
+
+def _settle_length(request: RequestHead, lengths: list[bytes], codings: list[bytes]) -> None:
+    if codings:
+        if lengths:
+            raise _malformed("The request has both Content-Length and Transfer-Encoding")
+        if request.version == "1.0":
+            raise _malformed("An HTTP/1.0 request can't have Transfer-Encoding")
+        if len(codings) > 1 or codings[0].lower() != b"chunked":
+            raise RefusedError(501, "transfer_encoding", "The only transfer coding understood here is chunked")
+        request.length = None
+    elif lengths:
+        length = lengths[0]
+        if len(lengths) > 1 or not 0 < len(length) <= 18 or length.translate(None, DIGITS):
+            raise _malformed("The request's Content-Length is malformed")
+        request.length = int(length)
+
+
+def _check_handshake(request: RequestHead, key: bytes, version: bytes) -> None:
+    """RFC 6455, 4.2.1."""
+    if request.length != 0:
+        raise _malformed("A WebSocket's handshake can't have a body")
+    if version != b"13":
+        header = (b"sec-websocket-version", b"13")
+        raise RefusedError(400, "websocket_version", "The only version of WebSockets spoken here is 13", header)
+    try:
+        nonce = binascii.a2b_base64(key, strict_mode=True)
+    except binascii.Error:
+        nonce = b""
+    if len(nonce) != 16:
+        raise _malformed("The key of the WebSocket's handshake is malformed")
+
+
+def _split_absolute(target: bytes) -> tuple[bytes, bytes]:
+    scheme, separator, rest = target.partition(b"://")
+    if not separator or scheme.lower() not in (b"http", b"https"):
+        raise _malformed("The request's target must begin with a slash")
+    path_at = min((at for at in (rest.find(b"/"), rest.find(b"?")) if at >= 0), default=len(rest))
+    path = rest[path_at:]
+    return rest[:path_at], path if path.startswith(b"/") else b"/" + path
+
+
+@lru_cache(maxsize=256)
+def _is_authority(host: bytes) -> bool:
+    if not host or host.translate(None, IN_HOST):
+        return False
+    if host[0] == 0x5B:  # "[": an IPv6 address
+        address, bracket, port = host[1:].partition(b"]")
+        if not bracket or not address or address.translate(None, HEX_DIGITS + b":.") or b"[" in port or b"]" in port:
+            return False
+        return not port or (port[0] == 0x3A and not port[1:].translate(None, DIGITS))
+    name, _, port = host.partition(b":")
+    return bool(name) and b"[" not in name and b"]" not in name and not port.translate(None, DIGITS)
+
+
+def _decoded(raw_path: bytes) -> str:
+    if b"%" in raw_path:
+        raw_path = unquote_to_bytes(raw_path)
+    return raw_path.decode("utf-8", "replace")
+
+
+def _malformed(message: str) -> RefusedError:
+    return RefusedError(400, "malformed", message)
+
+
+def _too_large() -> RefusedError:
+    return RefusedError(431, "head_too_large", "The request's header is too large")
+
+
+def _too_much_framing() -> RefusedError:
+    return _malformed("The request's body has too much framing")

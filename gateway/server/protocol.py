@@ -1,0 +1,832 @@
+"""One client's connection: HTTP/1.1 requests in, ASGI calls, answers out, with caps and deadlines on all of it.
+
+A replacement for uvicorn's HTTP protocols, chosen by ``uvicorn.Config(app, http=GatewayProtocol)``. It is stricter
+(EDGE.md says how, line by line), bounds what a client may take in bytes and in seconds, and is faster: an answer that
+comes whole leaves as one write, and deadlines are checked by one sweep over all connections, not by timers.
+"""
+
+import asyncio
+import logging
+import socket
+import struct
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from http import HTTPStatus
+from os import urandom
+from typing import Any, cast
+
+from starlette.types import ASGIApp, Message, Scope
+from uvicorn.config import Config
+from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
+from uvicorn.server import ServerState
+
+from gateway.policies.edge import EdgeLimits
+from gateway.problems import error_body
+from gateway.server.http1 import (
+    DIGITS,
+    TOKEN,
+    ChunkedBody,
+    Header,
+    RefusedError,
+    RequestHead,
+    read_head,
+    refuse_early,
+)
+from gateway.server.websocket import MAX_LINE, GatewayWebSocket, is_of_handshake
+
+logger = logging.getLogger("gateway.server")
+
+WINDOW = 64 * 1024  # bytes of a body, or of requests to come, that are kept while nobody asks for them
+SMALL = 16 * 1024  # up to here copying a body behind its head is cheaper than a second buffer
+GRACE = 1.0  # seconds that an idle connection has for one more request when the server leaves
+PROBE_AFTER = 0.1  # seconds from a client's half-close until it is asked whether it is still there
+SWEEP_INTERVAL = 0.2  # seconds; within 250 ms a client that left is noticed
+
+Refusal = Callable[[str, int, str], object]
+ASGI = {"version": "3.0", "spec_version": "2.3"}
+EXTENSIONS: dict[str, dict[str, Any]] = {"gateway.server": {}}  # read-only: shared by all requests
+NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER on, for no time: closing resets
+TCP_CLOSED = 7  # the kernel's TCP_CLOSE: the peer has reset the connection
+FRAMING = frozenset((b"connection: ", b"content-length: ", b"keep-alive: ", b"transfer-encoding: "))
+_FIELD_STARTS: dict[bytes, bytes] = {}  # how a field of an answer begins, by its name; bounded
+
+IDLE, BODY, ANSWERING, DISCARDING, LINGERING, CLOSED = range(6)
+"""What a connection is doing: awaiting a head, reading a body, awaiting the answer to a whole request, reading over the
+rest of a body that was answered, reading over what comes after the last answer; done."""
+
+
+def _status_line(status: int) -> bytes:
+    try:
+        phrase = HTTPStatus(status).phrase
+    except ValueError:
+        phrase = ""
+    return f"HTTP/1.1 {status} {phrase}\r\n".encode()
+
+
+STATUS_LINES = {status: _status_line(status) for status in range(200, 1000)}
+
+
+class Edge:
+    """What the connections of one server share.
+
+    Attributes:
+        limits: the caps and deadlines.
+        connections: all that are open, but WebSockets.
+        draining: answers close their connection.
+        leaving: nothing new is accepted, and an idle connection has a second for one more request.
+        on_refusal: called with the peer's address, the status and a word for the reason whenever a request is refused
+            here; an application's attribute of that name is taken.
+    """
+
+    def __init__(self, config: Config, limits: EdgeLimits, loop: asyncio.AbstractEventLoop) -> None:
+        self.app: ASGIApp = cast("ASGIApp", config.loaded_app)
+        self.limits = limits
+        self.loop = loop
+        self.connections: set[GatewayProtocol] = set()
+        self.draining = False
+        self.leaving = False
+        self.raw_root_path = config.root_path.encode()
+        self.on_refusal: Refusal = getattr(self.app, "on_refusal", None) or _nothing
+        deadlines = (limits.head_timeout, limits.body_timeout, limits.client_timeout, limits.keep_alive_timeout)
+        self._interval = max(0.01, min(SWEEP_INTERVAL, *(deadline / 4 for deadline in deadlines)))
+        self._sweeping: asyncio.TimerHandle | None = None
+
+    @staticmethod
+    def of(config: Config, server_state: ServerState, limits: EdgeLimits, loop: asyncio.AbstractEventLoop) -> "Edge":
+        """The one of this server, made with its first connection."""
+        edge: Edge | None = getattr(server_state, "edge", None)
+        if edge is None:
+            edge = Edge(config, limits, loop)
+            server_state.edge = edge  # type: ignore[attr-defined]
+        return edge
+
+    def add(self, connection: "GatewayProtocol") -> None:
+        self.connections.add(connection)
+        if self._sweeping is None:
+            self._sweeping = self.loop.call_later(self._interval, self._sweep)
+
+    def leave(self) -> None:
+        """Close what is idle, though not at once: its client may be about to send."""
+        self.draining = self.leaving = True
+        due = self.loop.time() + GRACE
+        for connection in self.connections:
+            if connection.state == IDLE:
+                connection.due = min(connection.due, due)
+
+    def _sweep(self) -> None:
+        now = self.loop.time()
+        for connection in list(self.connections):
+            connection.check(now)
+        self._sweeping = self.loop.call_later(self._interval, self._sweep) if self.connections else None
+
+
+class GatewayProtocol(asyncio.Protocol):
+    """A client's connection under uvicorn.
+
+    Args:
+        config, server_state, app_state, _loop: what uvicorn hands to a protocol.
+        limits: caps and deadlines; those of the server's first connection hold for all of them.
+    """
+
+    __slots__ = (
+        "app_state",
+        "begun_at",
+        "buffer",
+        "chunks",
+        "client",
+        "config",
+        "due",
+        "edge",
+        "exchange",
+        "loop",
+        "peer_is_done",
+        "reading_paused",
+        "remaining",
+        "requests",
+        "scheme",
+        "seen",
+        "seen_at",
+        "server",
+        "server_state",
+        "state",
+        "tasks",
+        "transport",
+        "writable_waiters",
+        "writing_paused",
+        "written",
+    )
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        limits: EdgeLimits = EdgeLimits(),  # noqa: B008  frozen
+    ) -> None:
+        if not config.loaded:
+            config.load()
+        self.config = config
+        self.loop = _loop or asyncio.get_running_loop()
+        self.server_state = server_state
+        self.app_state = app_state
+        self.edge = Edge.of(config, server_state, limits, self.loop)
+        self.tasks = server_state.tasks
+
+        self.state = IDLE
+        self.due = 0.0  # when patience with the client ends, on the loop's clock
+        self.requests = 0
+        self.begun_at = 0.0  # when the latest of them came
+        self.exchange: Exchange | None = None
+        self.buffer: bytes | bytearray = b""  # what came of a head, or while a request was being answered
+        self.remaining = 0  # bytes of the body still to come, unless it is chunked
+        self.chunks: ChunkedBody | None = None
+        self.reading_paused = False
+        self.peer_is_done = False  # the client has half-closed, or left
+        self.writing_paused = False
+        self.writable_waiters: list[asyncio.Future[None]] = []
+        self.written = 0
+        self.seen = -1  # bytes of ``written`` that had left when the sweep last saw progress, at ``seen_at``
+        self.seen_at = 0.0
+
+    # What the transport calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self.server = get_local_addr(self.transport)
+        self.client = get_remote_addr(self.transport)
+        self.scheme = "https" if is_ssl(self.transport) else "http"
+        edge = self.edge
+        self.due = self.loop.time() + (GRACE if edge.leaving else edge.limits.head_timeout)
+        edge.add(self)
+        connections = self.server_state.connections
+        connections.add(self)  # type: ignore[arg-type]
+        most = edge.limits.max_connections
+        if len(connections) > most + most // 8 + 8:
+            self._abort()
+        elif len(connections) > most:
+            message = "The gateway has too many connections"
+            self._refuse(RefusedError(503, "too_many_connections", message, (b"retry-after", b"1")))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        self._lose()
+
+    def eof_received(self) -> bool:
+        """The client sends no more: it waits for its answer, or has left. (True keeps the connection open.)"""
+        if self.peer_is_done:
+            return True
+        self.peer_is_done = True
+        exchange = self.exchange
+        if exchange is None or self.state != ANSWERING or self.scheme == "https":
+            self._lose()
+            return False
+        if not exchange.response_started:
+            self.loop.call_later(PROBE_AFTER, self._probe)
+        elif self.loop.time() - self.begun_at > PROBE_AFTER:
+            # Who half-closes on purpose does so along with the request. Others have left, and to go on costs money.
+            self._lose()
+            return False
+        return True
+
+    def pause_writing(self) -> None:
+        self.writing_paused = True
+
+    def resume_writing(self) -> None:
+        self.writing_paused = False
+        _wake(self.writable_waiters)
+
+    def data_received(self, data: bytes) -> None:
+        state = self.state
+        if state == IDLE:
+            if self.buffer:
+                self._continue_head(data)
+            else:
+                self._read_head(data)
+        elif state in (BODY, DISCARDING):
+            self._read_body(data)
+        elif state == ANSWERING:
+            self.buffer = data if not self.buffer else self.buffer + data
+            if len(self.buffer) > WINDOW:
+                self.pause_reading()
+
+    # Reading
+
+    def _read_head(self, data: bytes) -> None:
+        """Take bytes with which a request begins."""
+        while data.startswith(b"\r\n"):  # some clients end a body with one too many (RFC 9112, 2.2)
+            data = data[2:]
+        end = data.find(b"\r\n\r\n")
+        if end >= 0:
+            self._begin(data[:end], data[end + 4 :])
+        elif data:
+            if self.requests:  # else the time runs from the connect
+                self._wait_for_client(self.edge.limits.head_timeout)
+            self.buffer = bytearray(data)
+            self._look_early()
+
+    def _continue_head(self, data: bytes) -> None:
+        buffer = self.buffer
+        searched = max(0, len(buffer) - 3)
+        buffer += data
+        self.buffer = buffer
+        if searched == 0 and buffer.startswith(b"\r\n"):
+            self.buffer = b""
+            self._read_head(bytes(buffer))
+            return
+        end = buffer.find(b"\r\n\r\n", searched)
+        if end >= 0:
+            self.buffer = b""
+            self._begin(bytes(buffer[:end]), bytes(buffer[end + 4 :]))
+        elif len(buffer) < 1024 or b"\n" in data or len(data) > 1000 or len(buffer) % 1024 == 0:
+            self._look_early()  # and not at each of 64,000 single bytes
+
+    def _look_early(self) -> None:
+        try:
+            refuse_early(self.buffer, self.edge.limits)
+        except RefusedError as refusal:
+            self._refuse(refusal)
+
+    def _begin(self, head: bytes, rest: bytes) -> None:
+        """A whole head has come, and ``rest`` behind it: start its request."""
+        try:
+            request = read_head(head, self.edge.limits)
+        except RefusedError as refusal:
+            self._refuse(refusal)
+            return
+        self.requests += 1
+        self.begun_at = self.loop.time()
+        self.due = float("inf")
+        scope = self._scope(request)
+        if request.websocket and self.config.ws_protocol_class is not None:
+            self._hand_over(scope, rest)
+            return
+        self.exchange = exchange = Exchange(self, scope, request)
+        length = request.length
+        if length == 0:
+            self.state = ANSWERING
+            self.buffer = rest
+        else:
+            self.state = BODY
+            if length is None:
+                self.chunks = ChunkedBody()
+            else:
+                self.chunks = None
+                self.remaining = length
+        exchange.task = task = self.loop.create_task(exchange.run(self.edge.app))
+        self.tasks.add(task)
+        if rest and length != 0:
+            self._read_body(rest)
+
+    def _scope(self, request: RequestHead) -> Scope:
+        return {
+            "type": "http",
+            "asgi": ASGI,
+            "http_version": request.version,
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": self.config.root_path,
+            "method": request.method,
+            "path": self.config.root_path + request.path,
+            "raw_path": self.edge.raw_root_path + request.raw_path,
+            "query_string": request.query,
+            "headers": request.headers,
+            "state": self.app_state.copy(),
+            "extensions": EXTENSIONS,
+        }
+
+    def _read_body(self, data: bytes) -> None:
+        rest: bytes | None = None
+        if self.chunks is not None:
+            try:
+                data, rest = self.chunks.feed(data)
+            except RefusedError as refusal:
+                self._refuse(refusal)
+                return
+        elif len(data) < self.remaining:
+            self.remaining -= len(data)
+        else:
+            data, rest = data[: self.remaining], data[self.remaining :]
+            self.remaining = 0
+        if self.state == DISCARDING:
+            if rest is not None:
+                self.buffer = rest
+                self._next()
+            return
+        if rest is not None:
+            self.state = ANSWERING
+            self.buffer = rest
+        if (exchange := self.exchange) is not None:
+            exchange.feed(data, rest is None)
+
+    def is_nearly_read(self) -> bool:
+        """The rest of the request's body is none or so little that it may be read over for the next request's sake."""
+        return self.state == ANSWERING or (self.state == BODY and self.chunks is None and self.remaining <= WINDOW)
+
+    def answered(self, keep_alive: bool) -> None:
+        """The exchange's answer has been written: on to the next request, if there may be one."""
+        self.server_state.total_requests += 1
+        self.exchange = None
+        if self.state == CLOSED:
+            return
+        if keep_alive and self.state == ANSWERING:
+            self._next()
+        elif keep_alive and self.state == BODY:
+            self.state = DISCARDING
+            self._wait_for_client(self.edge.limits.discard_timeout)
+            self.resume_reading()
+        elif self.state == ANSWERING and not self.buffer:
+            self.close()
+        else:
+            self._linger()
+
+    def _next(self) -> None:
+        self.state = IDLE
+        self.resume_reading()
+        if self.buffer:
+            data, self.buffer = bytes(self.buffer), b""
+            self._wait_for_client(self.edge.limits.head_timeout)
+            self._read_head(data)
+        if self.state == IDLE:
+            if self.peer_is_done:
+                self.close()
+            elif not self.buffer:
+                self._wait_for_client(self.edge.limits.keep_alive_timeout)
+
+    def _hand_over(self, scope: Scope, rest: bytes) -> None:
+        """Let the WebSocket have the connection."""
+        if self.peer_is_done:  # it would not be told again
+            self.close()
+            return
+        if any(len(name) + len(value) > MAX_LINE for name, value in scope["headers"] if is_of_handshake(name)):
+            self._refuse(RefusedError(431, "field_too_large", "A header field of the handshake is too large"))
+            return
+        self._forget()
+        self.state = CLOSED
+        websocket = GatewayWebSocket(self.config, self.server_state, self.app_state, self.loop)
+        websocket.take_over(self.transport, scope, rest)
+        self.resume_reading()
+
+    # Writing
+
+    def write(self, data: bytes) -> None:
+        self.written += len(data)
+        self.transport.write(data)
+
+    def write_all(self, pieces: list[bytes]) -> None:
+        self.written += sum(map(len, pieces))
+        self.transport.writelines(pieces)
+
+    async def writable(self) -> None:
+        """Wait until the client has read most of what was written, or has left."""
+        while self.writing_paused:
+            await _wait(self.loop, self.writable_waiters)
+
+    def _refuse(self, refusal: RefusedError) -> None:
+        """Answer what comes from the client with an error, once and for all; cut an answer that has begun."""
+        exchange, self.exchange = self.exchange, None
+        correlation_id = ""
+        started = False
+        if exchange is not None:
+            correlation_id = exchange.correlation_id
+            started = exchange.response_started
+            exchange.disconnect()
+        if started:
+            self.close()
+        else:
+            self.write_error(refusal.status, refusal.message, correlation_id, refusal.header)
+            self._linger()
+        self.edge.on_refusal(self.client[0] if self.client else "", refusal.status, refusal.reason)
+
+    def write_error(self, status: int, message: str, correlation_id: str, header: Header | None = None) -> None:
+        correlation_id = correlation_id or urandom(16).hex()
+        fields = {"retry_after": int(header[1])} if header is not None and header[0] == b"retry-after" else {}
+        body = error_body(status, message, correlation_id, **fields)
+        more = b"" if header is None else b"%b: %b\r\n" % header
+        self.write(
+            b"%bcontent-type: application/json\r\ncontent-length: %d\r\nx-correlation-id: %b\r\n%b%b\r\n%b"
+            % (STATUS_LINES[status], len(body), correlation_id.encode(), more, b"connection: close\r\n", body)
+        )
+
+    # Deadlines and the end
+
+    def _wait_for_client(self, seconds: float) -> None:
+        self.due = self.loop.time() + (min(seconds, GRACE) if self.edge.leaving and self.state == IDLE else seconds)
+
+    def check(self, now: float) -> None:
+        """Called by the sweep: whatever is overdue is ended."""
+        if self.due <= now:
+            self._overdue()
+        if self.peer_is_done and self.state != CLOSED and self._is_reset():
+            self._abort()
+        unsent = self.transport.get_write_buffer_size()
+        left = self.written - unsent
+        if not unsent or left != self.seen:
+            self.seen, self.seen_at = left, now
+        elif now - self.seen_at > self.edge.limits.client_timeout:
+            if self.exchange is not None:
+                self.exchange.disconnect("client_too_slow")
+            self._abort()
+
+    def _overdue(self) -> None:
+        if self.state == IDLE and (self.edge.leaving or (self.requests and not self.buffer)):
+            self.close()
+        elif self.state == IDLE:
+            self._refuse(RefusedError(408, "head_timeout", "The request's header took too long to come"))
+        elif self.state == BODY and (exchange := self.exchange) is not None:
+            if exchange.is_waiting and not exchange.response_started:
+                exchange.disconnect("client_too_slow")
+                self._refuse(RefusedError(408, "body_timeout", "The request's body stopped coming"))
+            else:
+                self.due = float("inf")
+        elif self.state != CLOSED:
+            self.close()
+
+    def wait_for_body(self) -> None:
+        self._wait_for_client(self.edge.limits.body_timeout)
+        self.resume_reading()
+
+    def close(self) -> None:
+        """Close once what was written has been sent."""
+        self.state = CLOSED
+        self.due = float("inf")
+        self.transport.close()
+
+    def _abort(self) -> None:
+        """Close by a reset, which also frees what the kernel still holds for a client that does not read."""
+        self.state = CLOSED
+        self.due = float("inf")
+        connection: socket.socket | None = self.transport.get_extra_info("socket")
+        if connection is not None:
+            with suppress(OSError):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+        self.transport.abort()
+
+    def cut(self, reader_can_tell: bool) -> None:
+        """End within an answer; by a reset where its reader could not tell otherwise."""
+        if self.state != CLOSED:
+            if reader_can_tell:
+                self.close()
+            else:
+                self._abort()
+
+    def _linger(self) -> None:
+        """Read and forget for a while: closing over unread bytes resets, and may take the answer from the client."""
+        self.buffer = b""
+        if self.peer_is_done:
+            self.close()
+            return
+        self.state = LINGERING
+        self._wait_for_client(self.edge.limits.discard_timeout)
+        self.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def shutdown(self) -> None:
+        """What uvicorn's own server calls when it leaves."""
+        self.edge.leave()
+
+    def _lose(self) -> None:
+        """The client is gone."""
+        self.state = CLOSED
+        self.due = float("inf")
+        self.buffer = b""
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None:
+            exchange.disconnect()
+        self.resume_writing()
+
+    def _forget(self) -> None:
+        self.edge.connections.discard(self)
+        self.server_state.connections.discard(self)
+
+    def _probe(self) -> None:
+        """Ask a client that has half-closed whether it is there; one that has closed answers with a reset.
+
+        Only data is answered so, and an interim response is the only data that may go before the answer.
+        """
+        exchange = self.exchange
+        if self.state == ANSWERING and exchange is not None and not exchange.response_started:
+            if exchange.scope["http_version"] == "1.1":
+                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.loop.call_later(PROBE_AFTER / 4, self._look_again)
+
+    def _look_again(self) -> None:
+        if self.state == ANSWERING and self._is_reset():
+            self._abort()
+
+    def _is_reset(self) -> bool:
+        connection: socket.socket | None = self.transport.get_extra_info("socket")
+        if connection is None or not hasattr(socket, "TCP_INFO"):
+            return False
+        with suppress(OSError):
+            return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSED
+        return False
+
+    def pause_reading(self) -> None:
+        if not self.reading_paused:
+            self.reading_paused = True
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self.reading_paused and not self.peer_is_done:
+            self.reading_paused = False
+            self.transport.resume_reading()
+
+
+class Exchange:
+    """One request and its answer: the ``receive`` and ``send`` that the application is called with."""
+
+    task: asyncio.Task[None] | None = None
+    disconnected = False
+    disconnect_reason = ""
+    # Of the request's body: what was received and not yet asked for
+    _body_size = 0
+    _body_delivered = False
+    # Of the answer
+    _head: list[bytes] | None = None
+    _has_body = True
+    _expected: int | None = None  # bytes of body still to come; None: until it ends
+    _chunked = False
+    _closes = False  # its end is the connection's: only a reset can say that it is not whole
+    response_started = False
+    response_complete = False
+
+    def __init__(self, connection: GatewayProtocol, scope: Scope, request: RequestHead) -> None:
+        self._connection = connection
+        self.scope = scope
+        self.correlation_id = request.correlation_id
+        self._waiters: list[asyncio.Future[None]] = []
+        self._body: list[bytes] = []
+        self._more_body = request.length != 0
+        self._continue_is_due = request.expects_continue
+        self._is_head_request = request.method == "HEAD"
+        self._keep_alive = request.keep_alive
+
+    async def run(self, app: ASGIApp) -> None:
+        """Let the application answer; what it fails to do, do for it."""
+        connection = self._connection
+        try:
+            await app(self.scope, self.receive, self.send)
+        except asyncio.CancelledError:  # the server leaves
+            self._give_up(503, "The gateway is shutting down", (b"retry-after", b"1"))
+            raise
+        except ConnectionAbortedError:
+            if self._head is None and not self.response_started:
+                logger.exception("The application failed at %s", self._path)
+                self._give_up(500, "An unexpected error occurred")
+            else:
+                self._cut()
+        except Exception:
+            logger.exception("The application failed at %s", self._path)
+            self._give_up(500, "An unexpected error occurred")
+        else:
+            if not self.response_complete and not self.disconnected:
+                logger.error("The application returned without a whole answer at %s", self._path)
+                self._give_up(500, "An unexpected error occurred")
+        finally:
+            if self.task is not None:
+                connection.tasks.discard(self.task)
+
+    def _give_up(self, status: int, message: str, header: Header | None = None) -> None:
+        """Answer in the application's place, if nothing has left yet."""
+        connection = self._connection
+        if self.response_started:
+            self._cut()
+        elif not self.disconnected and connection.state != CLOSED:
+            self.disconnect()
+            connection.write_error(status, message, self.correlation_id, header)
+            connection.answered(False)
+
+    def _cut(self) -> None:
+        """End within the answer, so that its reader can tell."""
+        if not self.response_complete and not self.disconnected:
+            self.disconnect()
+            self._connection.cut(not self._closes)
+
+    @property
+    def _path(self) -> str:
+        """As it was sent: decoded it could forge a line of the log."""
+        raw_path: bytes = self.scope["raw_path"]
+        return raw_path.decode("latin-1")
+
+    @property
+    def is_waiting(self) -> bool:
+        """The application waits for more of the body."""
+        return bool(self._waiters)
+
+    # The request
+
+    def feed(self, data: bytes, more_body: bool) -> None:
+        """Take a piece of the request's body off the connection."""
+        self._more_body = more_body
+        if data:
+            self._body.append(data)
+            self._body_size += len(data)
+            if self._body_size > WINDOW:
+                self._connection.pause_reading()
+        if self._waiters:
+            self._connection.due = float("inf")
+            _wake(self._waiters)
+
+    def disconnect(self, reason: str = "") -> None:
+        """There is nobody any more to answer."""
+        self.disconnected = True
+        self.disconnect_reason = self.disconnect_reason or reason
+        _wake(self._waiters)
+
+    async def receive(self) -> Message:
+        """The next piece of the request's body, as soon as there is one; then, when it comes, the client's leaving.
+
+        That message has a ``reason``, ``client_too_slow``, where it was the server that cut the client off.
+        """
+        connection = self._connection
+        if self._continue_is_due and not self.disconnected:
+            self._continue_is_due = False
+            if not self.response_started:
+                connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while not self.disconnected and not self.response_complete:
+            if self._body or not (self._more_body or self._body_delivered):
+                pieces = self._body
+                body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                self._body = []
+                self._body_size = 0
+                self._body_delivered = not self._more_body
+                connection.resume_reading()
+                return {"type": "http.request", "body": body, "more_body": self._more_body}
+            if self._more_body:
+                connection.wait_for_body()
+            await _wait(connection.loop, self._waiters)
+        if self.disconnect_reason:
+            return {"type": "http.disconnect", "reason": self.disconnect_reason}
+        return {"type": "http.disconnect"}
+
+    # The answer
+
+    async def send(self, message: Message) -> None:
+        """Write the answer. Its head waits for the first piece of the body, so that both leave together.
+
+        Raises:
+            RuntimeError: the message may not come now, or the head or the length of the body is wrong.
+        """
+        connection = self._connection
+        if connection.writing_paused and not self.disconnected:
+            await connection.writable()
+        if self.disconnected:
+            return
+        kind = message["type"]
+        if kind == "http.response.body":
+            if self.response_complete or (self._head is None and not self.response_started):
+                raise RuntimeError(f"{kind} can't come now")
+            self._write_body(message.get("body", b""), message.get("more_body", False))
+        elif kind == "http.response.start" and self._head is None and not self.response_started:
+            self._take_head(message["status"], message.get("headers", ()))
+        else:
+            raise RuntimeError(f"{kind} can't come now")
+
+    def _take_head(self, status: int, headers: Iterable[Iterable[bytes]]) -> None:
+        """Check the head and keep it."""
+        if status not in STATUS_LINES:
+            raise RuntimeError(f"{status} is not the status of an answer")
+        head = [STATUS_LINES[status]]
+        lines = 1
+        for name, value in headers:
+            start = _FIELD_STARTS.get(name) or _field_start(name)
+            if start in FRAMING:
+                if start == b"content-length: ":
+                    if self._expected is not None or not value or value.translate(None, DIGITS):
+                        raise RuntimeError("The answer's Content-Length is malformed")
+                    self._expected = int(value)
+                else:  # the connection is the server's
+                    if start == b"connection: " and b"close" in value.lower():
+                        self._keep_alive = False
+                    continue
+            head += (start, value, b"\r\n")
+            lines += 1
+        joined = b"".join(head)
+        if joined.count(b"\n") != lines or joined.count(b"\r") != lines or b"\0" in joined:
+            raise RuntimeError("A header of the answer has a line end or a NUL in it")
+        self._has_body = not (self._is_head_request or status == 204 or status == 304)
+        self._head = [joined]
+
+    def _frame(self, body: bytes, more_body: bool) -> list[bytes]:
+        """The head as it goes out, now that it is known whether the body is whole."""
+        head = cast("list[bytes]", self._head)
+        self._head = None
+        connection = self._connection
+        if self._has_body and self._expected is None:
+            if not more_body:
+                self._expected = len(body)
+                head.append(b"content-length: %d\r\n" % len(body))
+            elif self.scope["http_version"] == "1.1":
+                self._chunked = True
+                head.append(b"transfer-encoding: chunked\r\n")
+            else:
+                self._closes = True
+        if connection.edge.draining or self._continue_is_due or not connection.is_nearly_read():
+            self._keep_alive = False
+        if not self._keep_alive:
+            head.append(b"connection: close\r\n")
+        head.append(b"\r\n")
+        self.response_started = True
+        self._continue_is_due = False
+        return head
+
+    def _write_body(self, body: bytes, more_body: bool) -> None:
+        size = len(body)
+        if not self._has_body:
+            body, size = b"", 0
+        elif (expected := self._expected) is not None and (size > expected or (size < expected and not more_body)):
+            raise RuntimeError("The answer's body is not as long as its Content-Length")
+        pieces = [] if self.response_started else self._frame(body, more_body)
+        if self._chunked:
+            if size:
+                pieces += (b"%x\r\n" % size, body, b"\r\n")
+            if not more_body:
+                pieces.append(b"0\r\n\r\n")
+        elif size:
+            pieces.append(body)
+            if self._expected is not None:
+                self._expected -= size
+        connection = self._connection
+        if size > SMALL:
+            connection.write_all(pieces)
+        elif pieces:
+            connection.write(b"".join(pieces))
+        if not more_body:
+            self.response_complete = True
+            if self._waiters:
+                _wake(self._waiters)
+            connection.answered(self._keep_alive)
+
+
+def _field_start(name: bytes) -> bytes:
+    if not name or name.translate(None, TOKEN):
+        raise RuntimeError(f"{name!r} is not the name of a header")
+    start = name.lower() + b": "
+    if len(_FIELD_STARTS) < 1024:
+        _FIELD_STARTS[name] = start
+    return start
+
+
+async def _wait(loop: asyncio.AbstractEventLoop, waiters: list[asyncio.Future[None]]) -> None:
+    waiter = loop.create_future()
+    waiters.append(waiter)
+    try:
+        await waiter
+    except asyncio.CancelledError:
+        with suppress(ValueError):
+            waiters.remove(waiter)
+        raise
+
+
+def _wake(waiters: list[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():  # cancelled with its task
+            waiter.set_result(None)
+    waiters.clear()
+
+
+def _nothing(*_: object) -> None: ...
