@@ -185,8 +185,8 @@ class Gateway:
     async def _start(self, running: AsyncExitStack) -> None:
         """Start what runs beside the stack; ``running`` stops it in the opposite order."""
         settings, limiter = self.settings, self.limiter
-        configure_logging(self.sink, settings.log_level, settings.log_json)
         running.callback(self.sink.close)
+        running.callback(configure_logging(self.sink, settings.log_level, settings.log_json))
         if not settings.redis_url and not settings.workers_known:
             logger.warning(
                 "Limits are counted in this process alone: set WEB_CONCURRENCY to the number of workers, or REDIS_URL"

@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from types import TracebackType
 from typing import Any
@@ -339,7 +340,7 @@ class SinkHandler(logging.Handler):
             self.handleError(record)
 
 
-def configure_logging(sink: LogSink, level: str = "INFO", json: bool = True) -> None:
+def configure_logging(sink: LogSink, level: str = "INFO", json: bool = True) -> Callable[[], None]:
     """Send what standard logging (uvicorn's included), loguru and ``warnings`` have to say into one sink, in one form.
 
     Takes the place of what printed to the terminal before: plain stream handlers of the root logger, uvicorn's, and
@@ -349,6 +350,9 @@ def configure_logging(sink: LogSink, level: str = "INFO", json: bool = True) -> 
         sink: where to.
         level: the least to write, ``TRACE`` to ``CRITICAL``.
         json: lines for machines; else for people, in colour on a terminal.
+
+    Returns:
+        What to call when the sink is to get no more of it.
 
     Raises:
         ValueError: no such level.
@@ -370,7 +374,8 @@ def configure_logging(sink: LogSink, level: str = "INFO", json: bool = True) -> 
     for handler in root.handlers[:]:
         if isinstance(handler, SinkHandler) or type(handler) is logging.StreamHandler:
             root.removeHandler(handler)
-    root.addHandler(SinkHandler(sink, line))
+    ours = SinkHandler(sink, line)
+    root.addHandler(ours)
     root.setLevel(number)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi"):
         logger = logging.getLogger(name)
@@ -379,10 +384,17 @@ def configure_logging(sink: LogSink, level: str = "INFO", json: bool = True) -> 
     for name in QUERY_PRINTERS:
         logging.getLogger(name).setLevel(max(number, logging.WARNING))
     logging.captureWarnings(True)
-    _configure_loguru(sink, number, line)
+    leave_loguru = _configure_loguru(sink, number, line)
+
+    def leave() -> None:
+        root.removeHandler(ours)
+        logging.captureWarnings(False)
+        leave_loguru()
+
+    return leave
 
 
-def _configure_loguru(sink: LogSink, number: int, line: Callable[..., bytes]) -> None:
+def _configure_loguru(sink: LogSink, number: int, line: Callable[..., bytes]) -> Callable[[], None]:
     from loguru import logger  # 75 ms that embedding a single layer does not spend
 
     def write(message: Any) -> None:
@@ -401,4 +413,10 @@ def _configure_loguru(sink: LogSink, number: int, line: Callable[..., bytes]) ->
 
     logger.remove()
     # `diagnose` would print the values of variables, secrets among them.
-    logger.add(write, level=number, format="{message}", backtrace=False, diagnose=False)
+    ours = logger.add(write, level=number, format="{message}", backtrace=False, diagnose=False)
+
+    def leave() -> None:
+        with suppress(ValueError):  # another call has taken our place
+            logger.remove(ours)
+
+    return leave
