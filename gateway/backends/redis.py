@@ -10,6 +10,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from gateway.backends.memory import MemoryLimiter, unix_microseconds
+from gateway.event_loop import SettledLoop
 from gateway.policies.token_bucket import CLOSED, LOCAL, Decision, Limits, describe
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class RedisLimiter:
         self._own = MemoryLimiter(workers=workers, capacity=capacity, clock=clock)
         self._denied: dict[str, tuple[float, Decision]] = {}
         self._arguments: dict[tuple[Limits, int], bytes] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None  # the one this runs in; None: it does not
+        self._settled: SettledLoop | None = None  # where this runs; None: it does not
         self._closed = False
         self._shared: bool | None = None  # None: no answer yet, nor a failure
         self._forget()
@@ -80,15 +81,14 @@ class RedisLimiter:
     async def start(self) -> None:
         """Connect; return after the first answer or the first failure, and after a second in any case."""
         self._closed = False
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            self._begin(loop)
+        if not self._is_here():
+            self._begin()
         await asyncio.wait([self._ready], timeout=READY_WITHIN)
 
     async def aclose(self) -> None:
         """Close the connection. Checks that still come are decided as without Redis."""
         self._closed = True
-        if self._loop is not None and self._loop is asyncio.get_running_loop():
+        if self._is_here():
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
 
@@ -106,11 +106,10 @@ class RedisLimiter:
             if monotonic() < denial[0]:
                 return denial[1]
             del self._denied[key]
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop and not self._closed:
-            self._begin(loop)
+        if not self._closed and not self._is_here():
+            self._begin()
         if self._shared is not False and not self._closed:
-            decision = await self._ask(loop, key, limits, cost)
+            decision = await self._ask(key, limits, cost)
             if decision is not None:
                 return decision
         return self._without_redis(key, limits, cost, on_failure)
@@ -139,17 +138,22 @@ class RedisLimiter:
         self._boarding = False
         self._alarm: asyncio.Handle | None = None
 
-    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _is_here(self) -> bool:
+        return self._settled is not None and self._settled.is_here()
+
+    def _begin(self) -> None:
         """Start in this loop; what belongs to one that has ended is left to it."""
         self._forget()
-        self._loop = loop
+        self._settled = SettledLoop()
+        self._loop = loop = self._settled.loop
         self._shared = None
         self._ready: asyncio.Future[None] = loop.create_future()
         # of no request's context: it outlives the one that happened to start it
-        self._keeper = loop.create_task(self._keep(loop), context=Context())
+        self._keeper = loop.create_task(self._keep(self._settled), context=Context())
 
-    async def _keep(self, loop: asyncio.AbstractEventLoop) -> None:
+    async def _keep(self, settled: SettledLoop) -> None:
         """Hold a connection, and try it with the script itself at every beat."""
+        loop = settled.loop
         try:
             while True:
                 began = loop.time()
@@ -157,7 +161,7 @@ class RedisLimiter:
                     if self._link is None:
                         async with asyncio.timeout(PATIENCE):
                             self._link = _Link(await _connect(self._connection), self._answered, self._broke)
-                    await self._ask(loop, "heartbeat", HEARTBEAT_LIMITS, 1)
+                    await self._ask("heartbeat", HEARTBEAT_LIMITS, 1)
                     if self._under_way and loop.time() - self._departed_at > PATIENCE:
                         self._drop()
                 except TimeoutError:
@@ -166,18 +170,17 @@ class RedisLimiter:
                     self._lose(str(error) or repr(error))
                 await asyncio.sleep(max(0.0, began + HEARTBEAT - loop.time()))
         finally:
-            if self._loop is loop:
-                self._loop = self._shared = None
+            if self._settled is settled:
+                self._settled = self._shared = None
                 self._drop()
                 if self._alarm is not None:
                     self._alarm.cancel()
                 if not self._ready.done():
                     self._ready.set_result(None)
 
-    def _ask(
-        self, loop: asyncio.AbstractEventLoop, key: str, limits: Limits, cost: int
-    ) -> "asyncio.Future[Decision | None]":
+    def _ask(self, key: str, limits: Limits, cost: int) -> "asyncio.Future[Decision | None]":
         """Ask Redis; None where it does not answer in time, or not with a decision."""
+        loop = self._loop
         check = _Check(loop.create_future(), key, limits, cost, loop.time())
         self._waiting.append(check)
         if not self._boarding and not self._under_way:
@@ -202,7 +205,7 @@ class RedisLimiter:
                 command = _EVALSHA
         self._again, self._waiting = [], []
         if flight:
-            self._departed_at = asyncio.get_running_loop().time()
+            self._departed_at = self._loop.time()
             self._link.send(b"".join(flight))
 
     def _argument(self, limits: Limits, cost: int) -> bytes:
@@ -250,7 +253,7 @@ class RedisLimiter:
     # The deadline: one timer for all checks, and two more turns of the loop, for it may be we who were late
 
     def _look(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         due = self._due()
         if due is None:
             self._alarm = None
@@ -261,11 +264,11 @@ class RedisLimiter:
 
     def _look_again(self) -> None:
         # what the socket holds is read in this turn, after this call; the next call is after that
-        self._alarm = asyncio.get_running_loop().call_soon(self._give_up)
+        self._alarm = self._loop.call_soon(self._give_up)
 
     def _give_up(self) -> None:
         due = self._due()
-        if due is not None and asyncio.get_running_loop().time() >= due:
+        if due is not None and self._loop.time() >= due:
             self._alarm = None
             self._lose(f"no answer within {self._deadline * 1000:.0f} ms")
         else:

@@ -1,6 +1,5 @@
 """ProxyApp: the end of the stack, which forwards each request to its service and streams the answer back."""
 
-import asyncio
 import random
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2s
@@ -9,6 +8,7 @@ from urllib.parse import quote
 from starlette.types import Receive, Scope, Send
 
 from gateway.context import Cause, RequestContext
+from gateway.event_loop import SettledLoop
 from gateway.policies.callers import TrustedProxies
 from gateway.policies.services import Service, ServiceTable, UnsafePathError
 from gateway.problems import ForwardingError, answer
@@ -49,6 +49,7 @@ class ProxyApp:
         digest = blake2s(repr(self.services.services).encode(), digest_size=4).hexdigest()
         self.via = b"ai-gateway-" + digest.encode()
         self.exchanges: set[Exchange] = set()
+        self._settled: SettledLoop | None = None
         self._wheel: TimerWheel | None = None
         self._random = random
         self._routes: dict[str, Route] = {}
@@ -101,17 +102,17 @@ class ProxyApp:
         self._routes.clear()
         if self._wheel is not None:
             self._wheel.close()
-            self._wheel = None
+        self._settled = self._wheel = None
 
     def _route(self, service: Service) -> Route:
-        loop = asyncio.get_running_loop()
-        wheel = self._wheel
-        if wheel is None or wheel.loop is not loop:  # connections belong to a loop: on another all starts afresh
-            wheel = self._wheel = TimerWheel(loop)
+        if self._settled is None or not self._settled.is_here():  # connections belong to a loop: all starts afresh
+            self._settled = SettledLoop()
+            self._wheel = TimerWheel(self._settled.loop)
             self._routes.clear()
         route = self._routes.get(service.name)
         if route is None:
-            route = Route(service, wheel=wheel, max_connections=self.max_connections, random=self._random)
+            assert self._wheel is not None
+            route = Route(service, wheel=self._wheel, max_connections=self.max_connections, random=self._random)
             self._routes[service.name] = route
         return route
 

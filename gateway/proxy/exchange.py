@@ -46,7 +46,7 @@ NOT_DISPATCHED = frozenset({Cause.CONNECT_FAILED, Cause.CONNECT_TIMEOUT})
 logger = logging.getLogger("gateway.proxy")
 
 
-class Exchange:
+class Exchange(Deadline):
     """One HTTP request, from its first byte to its terminal cause.
 
     What ends it early - a timer, the client's leaving, the gateway's stopping - cancels its task with the reason set
@@ -56,6 +56,7 @@ class Exchange:
     def __init__(
         self, proxy: "ProxyApp", route: Route, scope: Scope, receive: Receive, send: Send, context: RequestContext
     ) -> None:
+        super().__init__(route.loop.time() + LISTEN_AFTER)
         self.proxy = proxy
         self.route = route
         self.scope = scope
@@ -88,11 +89,10 @@ class Exchange:
             ConnectionAbortedError: the answer had begun and can't be had whole: the client's connection must be cut.
         """
         proxy, context = self.proxy, self.context
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._loop)  # told which, it need not ask the kernel
         assert task is not None
         self._task = task
-        self._deadline = Deadline(self._loop.time() + LISTEN_AFTER, self._look)
-        self.route.wheel.add(self._deadline)
+        self.route.wheel.add(self)
         proxy.exchanges.add(self)
         error = None
         try:
@@ -104,7 +104,7 @@ class Exchange:
             context.cause = Cause.SHUTDOWN
             error = self._own_abort(cancelled)
         finally:
-            self.route.wheel.remove(self._deadline)
+            self.route.wheel.remove(self)
             proxy.exchanges.discard(self)
             if self._listener is not None:
                 self._listener.cancel()
@@ -417,10 +417,10 @@ class Exchange:
         self._phase, self._phase_ends = cause, ends
         if ends > self._ends:
             ends = self._ends
-        if ends < self._deadline.due:
-            self.route.wheel.bring_forward(self._deadline, ends)
+        if ends < self.due:
+            self.route.wheel.bring_forward(self, ends)
 
-    def _look(self) -> None:
+    def expire(self) -> None:
         """The wheel's call: has a deadline passed, or is it only time to watch the client?"""
         now = self._loop.time()
         if now >= self._allowed_until:
@@ -433,8 +433,8 @@ class Exchange:
             if self._listener is None and self._uploaded:
                 self._listen(self._watch_client())
             again = LOOK_AGAIN if self._listener is not None else LISTEN_AFTER  # the body may still be awaited
-            self._deadline.due = min(self._phase_ends, self._ends, now + again)
-            self.route.wheel.add(self._deadline)
+            self.due = min(self._phase_ends, self._ends, now + again)
+            self.route.wheel.add(self)
 
     def _abort(self, cause: Cause) -> None:
         self.abort(ForwardingError(cause, TOO_LATE[cause]))

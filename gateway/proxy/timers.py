@@ -1,21 +1,23 @@
 """One coarse clock for all deadlines: a timer of the event loop's own per request would cost more than the request."""
 
 import asyncio
-from collections.abc import Callable
 from heapq import heappop, heappush
 
 TICK = 0.01  # seconds
 
 
 class Deadline:
-    """Calls ``expire`` once ``due`` has passed; moving ``due`` later costs an assignment."""
+    """Something whose ``expire`` is called once ``due`` has passed; moving ``due`` later costs an assignment."""
 
-    __slots__ = ("_slot", "due", "expire")
+    __slots__ = ("_slot", "due")
 
-    def __init__(self, due: float, expire: Callable[[], None]) -> None:
+    def __init__(self, due: float) -> None:
         self.due = due
-        self.expire = expire
         self._slot: set[Deadline] | None = None
+
+    def expire(self) -> None:
+        """What happens then."""
+        raise NotImplementedError
 
 
 class TimerWheel:
