@@ -74,7 +74,7 @@ class Rig:
 
     @property
     def idle(self) -> int:
-        return sum(pool.idle for route in self.proxy._routes.values() for pool in route._pools.values())
+        return sum(pool.idle for route in self.proxy._routes.values() for pool in route.pools.values())
 
 
 @asynccontextmanager

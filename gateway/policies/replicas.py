@@ -75,6 +75,20 @@ class Place:
             self._replicas._conclude(self, self._replica, self._spell, outcome, now)
 
 
+class _OnlyPlace(Place):
+    """All places at a service's only replica in one: it is never set aside, so an attempt need not be told apart."""
+
+    __slots__ = ()
+
+    def finish(self, outcome: Outcome, now: float) -> None:
+        replica = self._replica
+        replica.in_flight -= 1
+        if outcome is FAILURE:
+            replica.failures += 1
+        elif outcome is SUCCESS:
+            replica.failures = 0
+
+
 class Replicas:
     """The replicas of one service: of two taken at random, the one with fewer attempts in flight.
 
@@ -99,19 +113,21 @@ class Replicas:
         self._random = rng
         self._in_service = list(self._all)
         self._aside: list[_Replica] = []
-        self._only = self._all[0] if len(self._all) == 1 else None
+        self._only = _OnlyPlace(self, self._all[0], False) if len(self._all) == 1 else None
 
     def choose(self, now: float, avoid: Collection[str] = ()) -> Place:
         """Take a place for an attempt; at another replica than those in ``avoid`` where one is in service."""
-        replica = self._only
-        if replica is None:
-            # A retry is no trial: whoever sends it has had one failure already.
-            due = self._due_for_trial(now) if self._aside and not avoid else None
-            if due is not None:
-                due.in_flight += 1
-                due.trial_until = now + TRIAL_LEASE
-                return Place(self, due, True)
-            replica = self._pick(now, avoid)
+        only = self._only
+        if only is not None:
+            only._replica.in_flight += 1
+            return only
+        # A retry is no trial: whoever sends it has had one failure already.
+        due = self._due_for_trial(now) if self._aside and not avoid else None
+        if due is not None:
+            due.in_flight += 1
+            due.trial_until = now + TRIAL_LEASE
+            return Place(self, due, True)
+        replica = self._pick(now, avoid)
         replica.in_flight += 1
         return Place(self, replica, False)
 
@@ -163,7 +179,7 @@ class Replicas:
         return self._random() < recovered
 
     def _conclude(self, place: Place, replica: _Replica, spell: int, outcome: Outcome, now: float) -> None:
-        if self._only is not None or outcome is not FAILURE:
+        if outcome is not FAILURE:
             replica.in_flight -= 1
         else:
             replica.lingering.append(now + LINGER)

@@ -55,35 +55,37 @@ class ProxyApp:
         self._routes: dict[str, Route] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
+        kind = scope["type"]
+        if kind not in ("http", "websocket"):
+            if kind != "lifespan":
+                raise RuntimeError(f"ProxyApp does not know what to do with {kind!r}")
             await self._lifespan(receive, send)
             return
-        if scope["type"] not in ("http", "websocket"):
-            raise RuntimeError(f"ProxyApp does not know what to do with {scope['type']!r}")
-
         context = RequestContext.of(scope)
-        if scope["type"] == "http" and scope["method"] in UNSAFE_METHODS:
-            await _refuse(scope, send, context, 405, "The gateway does not forward this method", "method")
+        if context.service is None and not await self._find_service(scope, send, context):
             return
-        service = context.service
-        if service is None:
-            try:
-                service = self.services.match(scope.get("raw_path") or quote(scope["path"]).encode())
-            except UnsafePathError as unsafe:
-                await _refuse(scope, send, context, 400, str(unsafe), "unsafe_path")
-                return
-            if service is None:
-                await _refuse(scope, send, context, 404, "No route for this path", "no_route")
-                return
-            context.service = service
-
-        route = self._route(service)
-        if scope["type"] == "websocket":
+        assert context.service is not None
+        route = self._route(context.service)
+        if kind == "http":
+            await Exchange(self, route, scope, receive, send, context).run()
+        else:
             from gateway.proxy.websocket import relay  # loads `websockets`, which few embedders need
 
             await relay(self, route, scope, receive, send, context)
-        else:
-            await Exchange(self, route, scope, receive, send, context).run()
+
+    async def _find_service(self, scope: Scope, send: Send, context: RequestContext) -> bool:
+        """Where no outer layer has: find the service of a path, or refuse the request."""
+        if scope.get("method") in UNSAFE_METHODS:
+            await _refuse(scope, send, context, 405, "The gateway does not forward this method", "method")
+            return False
+        try:
+            context.service = self.services.match(scope.get("raw_path") or quote(scope["path"]).encode())
+        except UnsafePathError as unsafe:
+            await _refuse(scope, send, context, 400, str(unsafe), "unsafe_path")
+            return False
+        if context.service is None:
+            await _refuse(scope, send, context, 404, "No route for this path", "no_route")
+        return context.service is not None
 
     @property
     def open_connections(self) -> int:

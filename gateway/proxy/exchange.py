@@ -15,7 +15,7 @@ from gateway.policies.retry import may_resend
 from gateway.problems import ForwardingError, answer, error_body
 from gateway.proxy.headers import Header, RequestFields, answer_fields, forwarding_fields
 from gateway.proxy.http1 import Http1Connection
-from gateway.proxy.pool import ConnectionPool
+from gateway.proxy.pool import Address, ConnectionPool
 from gateway.proxy.route import Route
 from gateway.proxy.timers import Deadline
 
@@ -53,34 +53,36 @@ class Exchange(Deadline):
     beforehand, so that it ends in one way wherever it waits.
     """
 
+    _aborted: ForwardingError | None = None
+    _listener: asyncio.Task[None] | None = None  # reads what the client still sends, and whether it leaves
+    _connection: Http1Connection | None = None
+    _kept_bytes = 0
+    _status = 0  # of the service's last answer
+    _streamed = False  # the body went to a replica as it came
+    _started = False  # something was sent to the client
+    _streams_events = False
+    _between_events = True
+    _phase = Cause.CLIENT_TOO_SLOW  # what it means if `_phase_ends` passes
+    _phase_ends = NEVER
+    _answer_ends = NEVER
+    _allowed_until = NEVER  # by the caller
+    _ends = NEVER  # the earlier of these two
+
     def __init__(
         self, proxy: "ProxyApp", route: Route, scope: Scope, receive: Receive, send: Send, context: RequestContext
     ) -> None:
-        super().__init__(route.loop.time() + LISTEN_AFTER)
+        self._now = now = route.loop.time
+        super().__init__(now() + LISTEN_AFTER)
         self.proxy = proxy
         self.route = route
         self.scope = scope
         self.receive = receive
         self.send = send
         self.context = context
-        self._loop = route.loop
-        self._aborted: ForwardingError | None = None
-        self._listener: asyncio.Task[None] | None = None
-        self._connection: Http1Connection | None = None
-        self._method = scope["method"].encode()
+        self._method: bytes = scope["method"].encode()
         self._first_part = b""  # of the body
         self._uploaded = False  # the whole body came and was passed on
-        self._kept: list[bytes] | None = []  # the body so far, while it may have to be sent again
-        self._kept_bytes = 0
-        self._started = False  # something was sent to the client
-        self._answered_badly = False
-        self._streams_events = False
-        self._between_events = True
-        self._phase = Cause.CLIENT_TOO_SLOW  # what it means if `_phase_ends` passes
-        self._phase_ends = NEVER
-        self._answer_ends = NEVER
-        self._allowed_until = NEVER  # by the caller
-        self._ends = NEVER  # the earlier of these two
+        self._kept: list[bytes] | None = None  # a streamed body so far, while it may have to be sent again
 
     async def run(self) -> None:
         """Forward the request and answer the client.
@@ -88,12 +90,12 @@ class Exchange(Deadline):
         Raises:
             ConnectionAbortedError: the answer had begun and can't be had whole: the client's connection must be cut.
         """
-        proxy, context = self.proxy, self.context
-        task = asyncio.current_task(self._loop)  # told which, it need not ask the kernel
+        route, context, exchanges = self.route, self.context, self.proxy.exchanges
+        task = asyncio.current_task(route.loop)  # told which, it need not ask the kernel
         assert task is not None
         self._task = task
-        self.route.wheel.add(self)
-        proxy.exchanges.add(self)
+        route.wheel.add(self)
+        exchanges.add(self)
         error = None
         try:
             await self._forward()
@@ -104,8 +106,8 @@ class Exchange(Deadline):
             context.cause = Cause.SHUTDOWN
             error = self._own_abort(cancelled)
         finally:
-            self.route.wheel.remove(self)
-            proxy.exchanges.discard(self)
+            route.wheel.remove(self)
+            exchanges.discard(self)
             if self._listener is not None:
                 self._listener.cancel()
         if error is not None:
@@ -125,18 +127,19 @@ class Exchange(Deadline):
         self._refuse_unfit(fields)
         await self._receive_first()
         head = self._head(fields)
-        loop, route, context = self._loop, self.route, self.context
+        now, route, context = self._now, self.route, self.context
+        route.budget.deposit(now())
         tried: list[str] = []
-        route.budget.deposit(loop.time())
         while True:
-            place = route.replicas.choose(loop.time(), tried)
-            tried.append(place.address)
+            place = route.replicas.choose(now(), tried)
+            address = place.address
+            tried.append(address)
             context.attempts += 1
-            context.replica = place.address
+            context.replica = address
             failure, wait, outcome = None, None, Outcome.NEUTRAL
             try:
-                wait = await self._attempt(route.pool(place.address), head, fields)
-                outcome = Outcome.FAILURE if self._answered_badly else Outcome.SUCCESS
+                wait = await self._attempt(route.pools[address], head, fields)
+                outcome = Outcome.FAILURE if is_failure(self._status) else Outcome.SUCCESS
             except ForwardingError as error:
                 failure = error
             except asyncio.CancelledError as cancelled:
@@ -144,8 +147,8 @@ class Exchange(Deadline):
             finally:
                 if failure is not None:
                     outcome = OUTCOMES[failure.cause]
-                place.finish(outcome, loop.time())
-                silent = self._let_go()
+                place.finish(outcome, now())
+                silent = self._connection is not None and self._let_go()
             if failure is not None:
                 wait = self._wait_to_resend(fields, failure=failure, silent=silent)
                 if wait is None:
@@ -157,29 +160,33 @@ class Exchange(Deadline):
 
     def _refuse_unfit(self, fields: RequestFields) -> None:
         """What can be told from the head alone, before the body costs anything."""
-        allowed = fields.named.get(b"x-request-timeout-ms")
-        if allowed is not None:
-            if len(allowed) != 1 or not allowed[0].isdigit() or len(allowed[0]) > 9:
-                message = "X-Request-Timeout-Ms must be one whole number of milliseconds"
-                raise ForwardingError(Cause.REFUSED, message, status=400, reason="bad_timeout")
-            if int(allowed[0]) == 0:
-                raise ForwardingError(Cause.CLIENT_DEADLINE, TOO_LATE[Cause.CLIENT_DEADLINE])
-            self._ends = self._allowed_until = self._loop.time() + int(allowed[0]) / 1000
-            self._expect(Cause.CLIENT_TOO_SLOW, NEVER)
+        by_name = fields.by_name
+        if b"x-request-timeout-ms" in by_name:
+            self._allow(by_name[b"x-request-timeout-ms"])
         if fields.length is not None and int(fields.length) > self.route.service.max_body_bytes:
             raise self._too_large()
-        via = fields.named.get(b"via")
-        if via is not None and any(self.proxy.via in line for line in via):
+        if b"via" in by_name and self.proxy.via in by_name[b"via"]:
             message = "The request has come through this gateway before"
             raise ForwardingError(Cause.REFUSED, message, status=508, reason="loop")
 
+    def _allow(self, milliseconds: bytes) -> None:
+        """Bound the time of the whole request by what the caller allows (RESILIENCE.md, 4)."""
+        if not milliseconds.isdigit() or len(milliseconds) > 9:
+            message = "X-Request-Timeout-Ms must be one whole number of milliseconds"
+            raise ForwardingError(Cause.REFUSED, message, status=400, reason="bad_timeout")
+        if int(milliseconds) == 0:
+            raise ForwardingError(Cause.CLIENT_DEADLINE, TOO_LATE[Cause.CLIENT_DEADLINE])
+        self._ends = self._allowed_until = self._now() + int(milliseconds) / 1000
+        if self._ends < self.due:
+            self.route.wheel.bring_forward(self, self._ends)
+
     def _head(self, fields: RequestFields) -> bytes:
-        """The request line and the fields that are the same at each attempt, less ``Host`` and what ends the head."""
+        """The fields that are the same at each attempt: all but ``Host`` and the body's framing."""
         scope, proxy = self.scope, self.proxy
         client = scope.get("client")
         peer = client[0] if client else ""
+        scheme = b"https" if scope.get("scheme") == "https" else b"http"
         trusted = proxy.trusted.trusts(peer)
-        scheme = scope.get("scheme", "http").encode()
         return fields.kept + forwarding_fields(
             fields, peer=peer.encode(), trusted=trusted, scheme=scheme, via=proxy.via
         )
@@ -190,15 +197,18 @@ class Exchange(Deadline):
         message = await self.receive()
         if message["type"] == "http.disconnect":
             raise ForwardingError(Cause.CLIENT_LEFT, TOO_LATE[Cause.CLIENT_LEFT])
-        self._first_part = message.get("body", b"")
-        self._uploaded = not message.get("more_body", False)
-        self._keep(self._first_part)
+        self._first_part = part = message.get("body", b"")
+        if len(part) > self.route.service.max_body_bytes:
+            raise self._too_large()
+        self.context.bytes_in = len(part)
+        if message.get("more_body", False):
+            self._kept = []
+            self._keep(part)
+        else:
+            self._uploaded = True
 
     def _keep(self, part: bytes) -> None:
-        """Count a part of the body, and keep it for as long as it may have to be sent again."""
-        self.context.bytes_in += len(part)
-        if self.context.bytes_in > self.route.service.max_body_bytes:
-            raise self._too_large()
+        """Keep a part of a streamed body for as long as it may have to be sent again."""
         if self._kept is not None:
             self._kept_bytes += len(part)
             if self._kept_bytes > REPLAY_BYTES:
@@ -214,9 +224,9 @@ class Exchange(Deadline):
         Returns:
             None where the client has its answer; seconds to wait where the service refused and it may be sent again.
         """
-        timeouts = self.route.service.timeouts
-        connection = pool.take_idle(self._loop.time())
+        connection = pool.take_idle(self._now())
         if connection is None:
+            timeouts = self.route.service.timeouts
             if pool.full:
                 self._expect(Cause.NO_CONNECTION, timeouts.pool)
             connection = await pool.reserve()
@@ -224,11 +234,12 @@ class Exchange(Deadline):
                 self._expect(Cause.CONNECT_TIMEOUT, timeouts.connect)
                 connection = await pool.connect()
         self._connection = connection
-        self._dispatch(connection, pool, head, fields)
-        await connection.head()
+        self._dispatch(connection, pool.address, head, fields)
+        while not connection.head_complete:
+            await connection.progress()
 
-        self._answered_badly = is_failure(connection.status)
-        if self._answered_badly or connection.status == 429:
+        self._status = status = connection.status
+        if status == 429 or is_failure(status):
             wait = self._wait_to_resend(fields, refusal=connection)
             if wait is not None:
                 if connection.complete:
@@ -237,34 +248,32 @@ class Exchange(Deadline):
         await self._stream_back(connection, pool)
         return None
 
-    def _dispatch(self, connection: Http1Connection, pool: ConnectionPool, head: bytes, fields: RequestFields) -> None:
-        address, scope, timeouts = pool.address, self.scope, self.route.service.timeouts
-        path = scope.get("raw_path") or quote(scope["path"]).encode()
-        query = scope.get("query_string", b"")
-        host = fields.host if self.route.service.preserve_host and fields.host else address.authority
-        lines = [self._method, b" ", address.path, path]
-        if query:
-            lines += (b"?", query)
-        lines += (b" HTTP/1.1\r\nhost: ", host, b"\r\n", head)
-        if self._allowed_until is not NEVER:
-            left = int((self._allowed_until - self._loop.time()) * 1000)
-            lines.append(b"x-request-timeout-ms: %d\r\n" % max(1, left))
+    def _dispatch(self, connection: Http1Connection, address: Address, head: bytes, fields: RequestFields) -> None:
+        scope, service = self.scope, self.route.service
+        target = scope.get("raw_path") or quote(scope["path"]).encode()
+        if scope.get("query_string"):
+            target += b"?" + scope["query_string"]
+        host = fields.host if service.preserve_host and fields.host else address.authority
+        if self._ends is not NEVER and self._allowed_until is not NEVER:
+            head += b"x-request-timeout-ms: %d\r\n" % max(1, int((self._allowed_until - self._now()) * 1000))
         if self.context.attempts > 1:
-            lines.append(b"x-gateway-attempt: %d\r\n" % self.context.attempts)
+            head += b"x-gateway-attempt: %d\r\n" % self.context.attempts
+        form = b"%b %b%b HTTP/1.1\r\nhost: %b\r\n%b"
+        start = form % (self._method, address.path, target, host, head)
         connection.begin(self._method)
-        if self._uploaded:
-            body = self._first_part if self._kept is None else b"".join(self._kept)
-            if body or fields.length is not None or b"transfer-encoding" in fields.named:
-                lines.append(b"content-length: %d\r\n" % len(body))
-            lines += (b"\r\n", body)
-            connection.write(b"".join(lines))
-            self._expect(Cause.FIRST_BYTE_TIMEOUT, timeouts.first_byte)
-        else:
+        if not self._uploaded:
             length = fields.length
-            lines += (b"content-length: ", length) if length is not None else (b"transfer-encoding: chunked",)
-            lines.append(b"\r\n\r\n")
-            connection.write(b"".join(lines))
+            framing = b"content-length: " + length if length is not None else b"transfer-encoding: chunked"
+            connection.write(start + framing + b"\r\n\r\n")
+            self._streamed = True
             self._listen(self._upload(connection, chunked=length is None))
+            return
+        body = self._first_part if self._kept is None else b"".join(self._kept)
+        if body or fields.length is not None or b"transfer-encoding" in fields.by_name:
+            connection.write(b"%bcontent-length: %d\r\n\r\n%b" % (start, len(body), body))
+        else:
+            connection.write(start + b"\r\n")
+        self._expect(Cause.FIRST_BYTE_TIMEOUT, service.timeouts.first_byte)
 
     def _wait_to_resend(
         self,
@@ -282,7 +291,7 @@ class Exchange(Deadline):
             refusal: a connection on which an answer began that may call for another attempt.
             silent: the connection had been used before, and closed before a byte of the answer.
         """
-        now, service, context = self._loop.time(), self.route.service, self.context
+        now, service, context = self._now(), self.route.service, self.context
         if service.retries < context.attempts:
             return None
         if failure is not None and failure.cause not in RETRIABLE:
@@ -299,33 +308,28 @@ class Exchange(Deadline):
             retry_after=None if refusal is None else retry_after(refusal.headers),
             keyed=fields.keyed,
             all_methods=service.retry_all_methods,
-            replayable=self._listener is None or (self._uploaded and self._kept is not None),
+            replayable=not self._streamed or (self._uploaded and self._kept is not None),
             sent_to_client=self._started,
             probe=context.probe,
         )
         return wait if wait is not None and self.route.budget.take(now) else None
 
     async def _stream_back(self, connection: Http1Connection, pool: ConnectionPool) -> None:
-        context, send, timeouts = self.context, self.send, self.route.service.timeouts
-        headers = answer_fields(connection.headers)
-        if connection.status == 304 and "gateway.server" not in (self.scope.get("extensions") or ()):
+        context, send = self.context, self.send
+        status, complete = connection.status, connection.complete
+        headers = answer_fields(connection.headers, connection.fields)
+        if status == 304 and "gateway.server" not in (self.scope.get("extensions") or ()):
             headers = [header for header in headers if header[0] != b"content-length"]  # uvicorn would wait for a body
-        self._streams_events = connection.content_length is None and is_event_stream(headers)
-        whole = timeouts.stream if connection.content_length is None else timeouts.answer
-        self._answer_ends = self._loop.time() + whole
-        self._ends = min(self._answer_ends, self._allowed_until)
-        context.status = connection.status
-        start = {"type": "http.response.start", "status": connection.status, "headers": headers}
-
         data = connection.take()
         if data:
             context.first_byte_at = monotonic()
-        complete = connection.complete
         if complete:
             self._give_back(pool)
-        self._expect(Cause.CLIENT_TOO_SLOW, timeouts.client)
+        else:
+            self._begin_stream(connection)
+        context.status = status
         self._started = True
-        await send(start)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         while True:
             if data:
                 context.bytes_out += len(data)
@@ -334,15 +338,24 @@ class Exchange(Deadline):
             await send({"type": "http.response.body", "body": data, "more_body": not complete})
             if complete:
                 return
-            self._expect(Cause.STALLED, timeouts.between_bytes)
-            data = await connection.read()
+            self._expect(Cause.STALLED, self.route.service.timeouts.between_bytes)
+            while not (data := connection.take()) and not connection.complete:
+                await connection.progress()
             if context.first_byte_at is None:
                 context.first_byte_at = monotonic()
             complete = connection.complete
             if complete:
-                data += connection.take()
                 self._give_back(pool)
-            self._expect(Cause.CLIENT_TOO_SLOW, timeouts.client)
+            self._expect(Cause.CLIENT_TOO_SLOW, self.route.service.timeouts.client)
+
+    def _begin_stream(self, connection: Http1Connection) -> None:
+        """An answer that has not come in one piece: bound the time of the whole, and see of what kind it is."""
+        timeouts = self.route.service.timeouts
+        unbounded = connection.content_length is None
+        self._streams_events = unbounded and is_event_stream(connection.headers)
+        self._answer_ends = self._now() + (timeouts.stream if unbounded else timeouts.answer)
+        self._ends = min(self._answer_ends, self._allowed_until)
+        self._expect(Cause.CLIENT_TOO_SLOW, timeouts.client)
 
     def _give_back(self, pool: ConnectionPool) -> None:
         """The answer has come whole: another request may have the connection while the client still reads."""
@@ -359,12 +372,12 @@ class Exchange(Deadline):
         if connection is None:
             return False
         connection.abort()
-        return connection.served > 0 and not connection.answering
+        return connection.served > 0 and connection.silent
 
     # Beside it
 
     def _listen(self, listening: Coroutine[None, None, None]) -> None:
-        self._listener = self._loop.create_task(self._guarded(listening))
+        self._listener = self.route.loop.create_task(self._guarded(listening))
 
     async def _guarded(self, listening: Coroutine[None, None, None]) -> None:
         try:
@@ -400,8 +413,11 @@ class Exchange(Deadline):
             if message["type"] == "http.disconnect":
                 raise ForwardingError(Cause.CLIENT_LEFT, TOO_LATE[Cause.CLIENT_LEFT])
             part = message.get("body", b"")
-            self._uploaded = not message.get("more_body", False)
+            self.context.bytes_in += len(part)
+            if self.context.bytes_in > self.route.service.max_body_bytes:
+                raise self._too_large()
             self._keep(part)
+            self._uploaded = not message.get("more_body", False)
         await self._watch_client()
 
     async def _watch_client(self) -> None:
@@ -413,16 +429,14 @@ class Exchange(Deadline):
 
     def _expect(self, cause: Cause, seconds: float) -> None:
         """From now on, ``seconds`` without another call of this means that ``cause`` ended the request."""
-        ends = self._loop.time() + seconds
-        self._phase, self._phase_ends = cause, ends
-        if ends > self._ends:
-            ends = self._ends
+        self._phase = cause
+        self._phase_ends = ends = self._now() + seconds
         if ends < self.due:
             self.route.wheel.bring_forward(self, ends)
 
     def expire(self) -> None:
         """The wheel's call: has a deadline passed, or is it only time to watch the client?"""
-        now = self._loop.time()
+        now = self._now()
         if now >= self._allowed_until:
             self._abort(Cause.CLIENT_DEADLINE)
         elif now >= self._phase_ends:

@@ -1,6 +1,6 @@
 """Which header fields cross the gateway, and in which form (RFC 9110 7.6; EDGE.md, 1 to 4, 11, 29 to 34)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 Header = tuple[bytes, bytes]
 
@@ -43,6 +43,10 @@ NOT_COPIED = HOP_BY_HOP | OURS
 SHADOWED = NOT_COPIED | {b"x-user-id", b"x-correlation-id", b"authorization", b"cookie"}
 
 
+FORWARDING = frozenset(name for name in OURS if name.startswith(b"x-forwarded")) | {b"forwarded", b"via", b"x-real-ip"}
+ALONE = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})  # what Connection mostly says: it names no field
+
+
 class RequestFields:
     """A request's header fields, sorted once: those that cross as they are, and those the gateway speaks for.
 
@@ -50,45 +54,41 @@ class RequestFields:
         kept: the fields that cross, as a block of lines.
         host: the client's ``Host``, empty where it sent none.
         length: its ``Content-Length`` as it spelt it, None where it sent none.
-        keyed: it carries an ``Idempotency-Key``.
-        named: values of what the gateway says itself, by name, in the order they came.
+        by_name: all values by name; several lines of a name are one list (RFC 9110 5.3).
     """
 
-    __slots__ = ("host", "kept", "keyed", "length", "named")
+    __slots__ = ("by_name", "host", "kept", "length")
 
-    def __init__(self, headers: Iterable[Header]) -> None:
-        named: dict[bytes, list[bytes]] = {}
-        kept: list[bytes] = []
-        for name, value in headers:
-            if name in NOT_COPIED:
-                named.setdefault(name, []).append(value)
-            elif b"_" not in name or name.replace(b"_", b"-") not in SHADOWED:
-                kept += (name, b": ", value, b"\r\n")
-        connection = named.get(b"connection")
-        if connection is not None:
-            dropped = connection_named(connection) - NOT_COPIED
-            if dropped:
-                fields = (kept[i : i + 4] for i in range(0, len(kept), 4))
-                kept = [part for field in fields if field[0] not in dropped for part in field]
-        self.kept = b"".join(kept)
-        self.keyed = b"\nidempotency-key: " in self.kept or self.kept.startswith(b"idempotency-key: ")
-        self.named = named
-        hosts = named.get(b"host")
-        self.host = hosts[0] if hosts else b""
-        lengths = named.get(b"content-length")
-        self.length = lengths[0] if lengths else None
+    def __init__(self, headers: Sequence[Header]) -> None:
+        by_name = dict(headers)
+        if len(by_name) < len(headers):
+            by_name = _joined(headers)
+        dropped: Container[bytes] = NOT_COPIED
+        connection = by_name.get(b"connection")
+        if (connection is not None and connection not in ALONE) or b"_" in b"".join(by_name):
+            shadowing = {name for name in by_name if b"_" in name and name.replace(b"_", b"-") in SHADOWED}
+            dropped = NOT_COPIED | connection_named(connection or b"") | shadowing
+        self.kept = b"".join([b"%b: %b\r\n" % header for header in headers if header[0] not in dropped])
+        self.by_name = by_name
+        self.host = by_name.get(b"host", b"")
+        self.length = by_name.get(b"content-length")
 
-    def joined(self, name: bytes) -> bytes:
-        """All lines of a list field as one; empty where it did not come."""
-        values = self.named.get(name)
-        return b", ".join(values) if values else b""
+    @property
+    def keyed(self) -> bool:
+        """It carries an ``Idempotency-Key``, so sending it twice does no harm."""
+        return b"idempotency-key" in self.by_name
 
 
-def connection_named(values: Sequence[bytes]) -> frozenset[bytes]:
-    """The field names that ``Connection`` lines name, over all its lines; a request may not drop its framing so."""
-    if len(values) == 1 and values[0].lower() in (b"keep-alive", b"close"):
-        return frozenset()
-    names = (name.strip().lower() for value in values for name in value.split(b","))
+def _joined(headers: Iterable[Header]) -> dict[bytes, bytes]:
+    lines: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        lines.setdefault(name, []).append(value)
+    return {name: b", ".join(values) for name, values in lines.items()}
+
+
+def connection_named(value: bytes) -> frozenset[bytes]:
+    """The field names that ``Connection`` names, all its lines joined."""
+    names = (name.strip().lower() for name in value.split(b","))
     return frozenset(name for name in names if name not in (b"", b"close", b"keep-alive"))
 
 
@@ -104,43 +104,38 @@ def forwarding_fields(fields: RequestFields, *, peer: bytes, trusted: bool, sche
         scheme: ``http`` or ``https``, of the connection to us.
         via: our pseudonym.
     """
-    seen = fields.joined(b"via")
-    via_line = seen + b", 1.1 " + via if seen else b"1.1 " + via
-    host = fields.host
-    if not trusted:
-        lines = [b"x-forwarded-proto: ", scheme, b"\r\nvia: ", via_line, b"\r\n"]
-        if peer:
-            lines += (b"x-forwarded-for: ", peer, b"\r\n")
-            if b"x-real-ip" in fields.named:
-                lines += (b"x-real-ip: ", peer, b"\r\n")
-        if host:
-            lines += (b"x-forwarded-host: ", host, b"\r\n")
-        return b"".join(lines)
-
-    chain = fields.joined(b"x-forwarded-for")
-    chain = chain + b", " + peer if chain and peer else chain or peer
-    lines = [b"x-forwarded-proto: ", fields.joined(b"x-forwarded-proto") or scheme, b"\r\nvia: ", via_line, b"\r\n"]
-    if chain:
-        lines += (b"x-forwarded-for: ", chain, b"\r\n")
-    host = fields.joined(b"x-forwarded-host") or host
-    if host:
-        lines += (b"x-forwarded-host: ", host, b"\r\n")
-    for name in (b"x-forwarded-port", b"x-forwarded-prefix", b"x-real-ip"):
-        if name in fields.named:
-            lines += (name, b": ", fields.joined(name), b"\r\n")
-    forwarded = fields.joined(b"forwarded")
-    if forwarded:
-        hop = b'for="[%s]"' % peer if b":" in peer else b"for=%s" % (peer or b"unknown")
-        lines += (b"forwarded: ", forwarded, b", ", hop, b"\r\n")
-    return b"".join(lines)
+    by_name = fields.by_name
+    if peer and fields.host and FORWARDING.isdisjoint(by_name):  # as most requests come
+        form = b"x-forwarded-for: %b\r\nx-forwarded-proto: %b\r\nx-forwarded-host: %b\r\nvia: 1.1 %b\r\n"
+        return form % (peer, scheme, fields.host, via)
+    said = by_name if trusted else {}
+    seen = by_name.get(b"via")  # a stranger's too: it only tells of loops
+    lines = {
+        b"x-forwarded-for": b", ".join(filter(None, (said.get(b"x-forwarded-for"), peer))),
+        b"x-forwarded-proto": said.get(b"x-forwarded-proto") or scheme,
+        b"x-forwarded-host": said.get(b"x-forwarded-host") or fields.host,
+        b"x-forwarded-port": said.get(b"x-forwarded-port", b""),
+        b"x-forwarded-prefix": said.get(b"x-forwarded-prefix", b""),
+        b"x-real-ip": said.get(b"x-real-ip") or (peer if b"x-real-ip" in by_name else b""),
+        b"via": seen + b", 1.1 " + via if seen else b"1.1 " + via,
+    }
+    if b"forwarded" in said:
+        hop = b'for="[%b]"' % peer if b":" in peer else b"for=%b" % (peer or b"unknown")
+        lines[b"forwarded"] = said[b"forwarded"] + b", " + hop
+    return b"".join([b"%b: %b\r\n" % line for line in lines.items() if line[1]])
 
 
-def answer_fields(headers: list[Header]) -> list[Header]:
-    """The fields of a service's answer that reach the client: order and repeats kept, hop-by-hop ones gone."""
-    kept = [header for header in headers if header[0] not in HOP_BY_HOP]
-    if len(kept) != len(headers):
-        connection = [value for name, value in headers if name == b"connection"]
-        dropped = connection_named(connection) - {b"content-length"} if connection else None
-        if dropped:
-            kept = [header for header in kept if header[0] not in dropped]
-    return kept
+def answer_fields(headers: list[Header], by_name: Mapping[bytes, bytes]) -> list[Header]:
+    """The fields of a service's answer that reach the client: order and repeats kept, hop-by-hop ones gone.
+
+    Args:
+        headers: as they came.
+        by_name: the same by name.
+    """
+    if HOP_BY_HOP.isdisjoint(by_name):
+        return headers
+    dropped = HOP_BY_HOP
+    if by_name.get(b"connection", b"close") not in ALONE:
+        lines = [value for name, value in headers if name == b"connection"]
+        dropped = HOP_BY_HOP | connection_named(b",".join(lines)) - {b"content-length"}
+    return [header for header in headers if header[0] not in dropped]

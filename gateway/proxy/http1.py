@@ -18,6 +18,8 @@ BODILESS = frozenset({204, 304})
 # Field values in which a byte could end the line or the string for another reader (RFC 9110 5.5); a tab is allowed.
 CONTROLS = bytes(byte for byte in range(32) if byte != 9) + b"\x7f"
 
+TOO_MANY_FIELDS = "The service's answer has too many header fields"
+
 
 class _UnfitAnswerError(Exception):
     """Raised within the parser's callbacks: what came parses, but may not be passed on."""
@@ -26,15 +28,16 @@ class _UnfitAnswerError(Exception):
 class Http1Connection(asyncio.Protocol):
     """A connection to a replica, carrying one exchange at a time.
 
-    An exchange is ``begin``, any number of ``write`` and ``drain``, ``head``, then ``read`` until ``complete``. What
-    goes wrong on the connection is raised as ``ForwardingError`` by whichever of them waits, or is called next.
+    An exchange is ``begin``, any number of ``write`` and ``drain``, then ``progress`` as often as it takes: until
+    ``head_complete``, then, taking what has come with ``take``, until ``complete``. What goes wrong on the connection
+    is raised as ``ForwardingError`` by ``drain`` and ``progress``.
 
     Attributes:
-        status: of the answer, once ``head`` has returned.
+        status: of the answer, once ``head_complete``.
         headers: of the answer as they came, names in lower case.
+        fields: the same by name, the last of each.
         content_length: of the answer's body, where it announced one.
         complete: the whole answer has come.
-        answering: at least one byte has come since ``begin``.
         served: how many exchanges it has completed.
         idle_since: when the last ended, seconds on the event loop's clock.
     """
@@ -49,13 +52,14 @@ class Http1Connection(asyncio.Protocol):
         "_informational",
         "_loop",
         "_parser",
+        "_reading",
         "_reading_paused",
         "_until_close",
         "_waiter",
-        "answering",
-        "busy",
+        "awaited",
         "complete",
         "content_length",
+        "fields",
         "head_complete",
         "headers",
         "idle_since",
@@ -68,38 +72,38 @@ class Http1Connection(asyncio.Protocol):
 
     status: int
     headers: list[Header]
+    fields: dict[bytes, bytes]
     content_length: int | None
-    keep_alive: bool
-    head_complete: bool
-    complete: bool
-    answering: bool
-    _chunks: list[bytes]
-    _held: int  # bytes of them
-    _fed: int  # bytes that came since `begin`
-    _informational: int
-    _until_close: bool
-    _expects_body: bool
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._parser = httptools.HttpResponseParser(self)
         self.transport: asyncio.Transport | None = None
         self.on_lost: Callable[[Http1Connection], None] | None = None
-        self.busy = False
         self.served = 0
         self.idle_since = 0.0
+        self.awaited = False  # an answer is: between `begin` and its last byte
+        self.head_complete = self.complete = self.keep_alive = False
         self._waiter: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
         self._error: ForwardingError | None = None
-        self._reading_paused = False
-        self._reset(expects_body=True)
+        self._reading_paused = self._until_close = False
+        self._reading: list[Header] = []  # fields as they are parsed, of the head and then of trailers
+        self._chunks: list[bytes] = []
+        self._held = 0  # bytes of them
+        self._fed = 0  # bytes of an unfinished head
+        self._informational = 0
+        self._expects_body = True
 
     # An exchange
 
     def begin(self, method: bytes) -> None:
         """Make ready for the answer to a request; its head and body then go through ``write``."""
-        self.busy = True
-        self._reset(expects_body=method != b"HEAD")
+        self.awaited = True
+        self.head_complete = self.complete = False
+        self._expects_body = method != b"HEAD"
+        if self._chunks:  # of an answer that nobody wanted to the end
+            self._chunks, self._held = [], 0
         if self.is_closing:
             self._fail(Cause.RESET, "The service closed the connection without an answer")
 
@@ -115,25 +119,15 @@ class Http1Connection(asyncio.Protocol):
         if self._error is not None:
             raise self._error
 
-    async def head(self) -> None:
-        """Wait for the head of the answer: ``status`` and ``headers``."""
-        while not self.head_complete:
-            if self._error is not None:
-                raise self._error
-            await self._progress()
-
-    async def read(self) -> bytes:
-        """What has come of the body since the last call, at least a byte, or nothing where the answer is complete."""
-        while not self._chunks:
-            if self.complete:
-                return b""
-            if self._error is not None:
-                raise self._error
-            await self._progress()
-        return self.take()
+    def progress(self) -> "asyncio.Future[None]":
+        """To be awaited for more of the answer than there is."""
+        if self._error is not None:
+            raise self._error
+        waiter = self._waiter = self._loop.create_future()
+        return waiter
 
     def take(self) -> bytes:
-        """What has come of the body so far, without waiting."""
+        """What has come of the body since the last call."""
         chunks = self._chunks
         if not chunks:
             return b""
@@ -148,7 +142,12 @@ class Http1Connection(asyncio.Protocol):
     @property
     def reusable(self) -> bool:
         """The answer came whole, nothing came behind it, and both sides want another."""
-        return self.complete and self.keep_alive and self._error is None and not self.is_closing
+        return self.keep_alive and self.complete and self._error is None and not self.is_closing
+
+    @property
+    def silent(self) -> bool:
+        """No byte of an answer has come since ``begin``."""
+        return not self.head_complete and not self._fed
 
     @property
     def is_closing(self) -> bool:
@@ -157,14 +156,12 @@ class Http1Connection(asyncio.Protocol):
 
     def end(self) -> None:
         """The exchange is over, and the connection goes back to its pool."""
-        self.busy = False
         self.served += 1
         self.idle_since = self._loop.time()
 
     def abort(self) -> None:
         """Close at once, whatever is under way: the service sees its caller leave."""
-        self.keep_alive = False
-        self.busy = False
+        self.keep_alive = self.awaited = False
         if self.transport is not None:
             self.transport.abort()
 
@@ -174,47 +171,52 @@ class Http1Connection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)  # TCP_NODELAY is the event loop's default
 
     def data_received(self, data: bytes) -> None:
-        if not self.busy or self.complete:  # nobody asked: what follows an answer is never another's (EDGE.md, 56)
+        if not self.awaited:  # nobody asked: what follows an answer is never another's (EDGE.md, 56)
             self._fail(Cause.GARBLED, "The service sent bytes that nobody asked for")
             return
-        self.answering = True
-        self._fed += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             self._fail(Cause.GARBLED, "The service switched protocols without being asked to")
         except httptools.HttpParserError as error:
-            unfit = error.__context__
-            why = str(unfit) if isinstance(unfit, _UnfitAnswerError) else "The service's answer is not valid HTTP/1.1"
             if self.complete:  # the answer itself was whole; the garbage behind it ends the connection only
                 self.keep_alive = False
                 self._close()
             else:
-                self._fail(Cause.GARBLED, why)
+                unfit = error.__context__
+                why = "The service's answer is not valid HTTP/1.1"
+                self._fail(Cause.GARBLED, str(unfit) if isinstance(unfit, _UnfitAnswerError) else why)
         else:
-            if not self.head_complete and self._fed > MAX_HEAD_BYTES:
-                self._fail(Cause.GARBLED, "The head of the service's answer is too large")
+            if not self.head_complete:
+                self._fed += len(data)
+                if self._fed > MAX_HEAD_BYTES:
+                    self._fail(Cause.GARBLED, "The head of the service's answer is too large")
+            elif len(self._reading) > MAX_FIELDS:  # trailers without end
+                self._fail(Cause.GARBLED, TOO_MANY_FIELDS)
             elif self._held > HIGH_WATER and not self._reading_paused and not self.complete:
                 self._reading_paused = True
                 assert self.transport is not None
                 self.transport.pause_reading()
-        self._wake()
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def eof_received(self) -> bool:
         return False  # closes the transport; connection_lost tells what that means
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.busy and not self.complete and self._error is None:
+        if self.awaited and self._error is None:
             if self._until_close and self.head_complete and exc is None:
-                self.complete, self.keep_alive = True, False
+                self.complete = True
             elif self.head_complete:
-                self._error = ForwardingError(Cause.CUT_SHORT, "The service broke off its answer")
-            elif self.answering:
-                self._error = ForwardingError(Cause.GARBLED, "The service broke off within the head of its answer")
+                self._fail(Cause.CUT_SHORT, "The service broke off its answer")
+            elif self._fed:
+                self._fail(Cause.GARBLED, "The service broke off within the head of its answer")
             else:
-                self._error = ForwardingError(Cause.RESET, "The service closed the connection without an answer")
-        self.keep_alive = False
-        self._wake()
+                self._fail(Cause.RESET, "The service closed the connection without an answer")
+        self.keep_alive = self.awaited = False
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
         self.resume_writing()
         if self.on_lost is not None:
             self.on_lost(self)
@@ -233,35 +235,46 @@ class Http1Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         if self.complete:
             raise _UnfitAnswerError("The service sent a second answer")
-        self.headers = []
+        if self._reading:  # trailers of the answer before
+            self._reading = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.head_complete:
-            return  # a trailer: it ends here and overrides nothing (EDGE.md, 15)
-        if len(self.headers) >= MAX_FIELDS:
-            raise _UnfitAnswerError("The service's answer has too many header fields")
-        if len(value.translate(None, CONTROLS)) != len(value):
-            raise _UnfitAnswerError("The service's answer has a control byte in a header field")
-        self.headers.append((name.lower(), value))
+        self._reading.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
+        headers, self._reading = self._reading, []  # what follows is a trailer: it overrides nothing (EDGE.md, 15)
         status = self._parser.get_status_code()
         if status < 200:
-            if status == 101:
-                raise _UnfitAnswerError("The service switched protocols without being asked to")
-            self._informational += 1
-            if status < 100 or self._informational > MAX_INFORMATIONAL or self._fed > MAX_HEAD_BYTES:
-                raise _UnfitAnswerError("The service sent too many informational answers, or an impossible status")
+            self._pass_over(status)
             return
-        if self._fed > MAX_HEAD_BYTES and sum(len(n) + len(v) + 4 for n, v in self.headers) > MAX_HEAD_BYTES:
+        fields = dict(headers)
+        repeated = len(fields) != len(headers)
+        values = b"".join([header[1] for header in headers] if repeated else fields.values())
+        if len(values.translate(None, CONTROLS)) != len(values):
+            raise _UnfitAnswerError("The service's answer has a control byte in a header field")
+        if len(headers) > MAX_FIELDS:
+            raise _UnfitAnswerError(TOO_MANY_FIELDS)
+        if len(values) > MAX_HEAD_BYTES or self._fed > MAX_HEAD_BYTES:
             raise _UnfitAnswerError("The head of the service's answer is too large")
-        self.status = status
-        self._judge_framing()
+        self.status, self.headers, self.fields = status, headers, fields
+
+        # How the body ends; what two readers could take differently is garbled (RFC 9112 6.3; EDGE.md, 53).
+        length = fields.get(b"content-length")
+        if b"transfer-encoding" in fields:
+            self._judge_coding(headers, length)
+            self.content_length, self._until_close = None, False
+        elif length is not None:
+            if not length.isdigit() or (repeated and _count(headers, b"content-length") > 1):
+                raise _UnfitAnswerError("The service's answer has more than one length, or none that is a number")
+            self.content_length, self._until_close = int(length), False
+        else:
+            self.content_length, self._until_close = None, True
         self.keep_alive = self._parser.should_keep_alive()
         self.head_complete = True
-        if not self._expects_body or status in BODILESS:
+        self._fed = self._informational = 0
+        if status in BODILESS or not self._expects_body:
             # The parser can't be told of a HEAD: it would wait for the body that Content-Length describes.
-            self.complete = True
+            self.complete, self.awaited = True, False
             self._parser = httptools.HttpResponseParser(self)
 
     def on_body(self, body: bytes) -> None:
@@ -272,55 +285,37 @@ class Http1Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         if self.head_complete:  # else an informational answer has ended
-            self.complete = True
+            self.complete, self.awaited = True, False
 
     # Within
 
-    def _reset(self, *, expects_body: bool) -> None:
-        self.status = 0
-        self.headers = []
-        self.content_length = None
-        self.keep_alive = False
-        self.head_complete = self.complete = self.answering = False
-        self._chunks = []
-        self._held = self._fed = self._informational = 0
-        self._until_close = False
-        self._expects_body = expects_body
+    def _pass_over(self, status: int) -> None:
+        """An informational answer ends here (EDGE.md, 60); that there are too many, or another protocol, is garbled."""
+        if status == 101:
+            raise _UnfitAnswerError("The service switched protocols without being asked to")
+        self._informational += 1
+        if status < 100 or self._informational > MAX_INFORMATIONAL:
+            raise _UnfitAnswerError("The service sent too many informational answers, or an impossible status")
 
-    def _judge_framing(self) -> None:
-        """How the body ends; whatever two readers could take differently is garbled (RFC 9112 6.3; EDGE.md, 53)."""
-        lengths = [value for name, value in self.headers if name == b"content-length"]
-        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
-        if codings:
-            if lengths or len(codings) > 1 or codings[0].lower() != b"chunked":
-                raise _UnfitAnswerError("The service's answer is framed in a way that is ambiguous or unknown")
-            if self._parser.get_http_version() != "1.1":
-                raise _UnfitAnswerError("The service sent chunks in HTTP/1.0")
-        elif lengths:
-            if len(lengths) > 1 or not lengths[0].isdigit():
-                raise _UnfitAnswerError("The service's answer has more than one length, or none that is a number")
-            self.content_length = int(lengths[0])
-        else:
-            self._until_close = True
-
-    async def _progress(self) -> None:
-        waiter = self._waiter = self._loop.create_future()
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def _judge_coding(self, headers: list[Header], length: bytes | None) -> None:
+        codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
+        if length is not None or codings != [b"chunked"]:
+            raise _UnfitAnswerError("The service's answer is framed in a way that is ambiguous or unknown")
+        if self._parser.get_http_version() != "1.1":
+            raise _UnfitAnswerError("The service sent chunks in HTTP/1.0")
 
     def _fail(self, cause: Cause, message: str) -> None:
         if self._error is None:
             self._error = ForwardingError(cause, message)
-        self.keep_alive = False
+        self.keep_alive = self.awaited = False
         self._close()
-        self._wake()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _close(self) -> None:
         if self.transport is not None:
             self.transport.abort()
+
+
+def _count(headers: list[Header], name: bytes) -> int:
+    return sum(header[0] == name for header in headers)

@@ -88,14 +88,10 @@ class ConnectionPool:
         """A connection that is there and can be used at once."""
         idle = self._idle
         while idle:
-            connection = idle.pop()
-            if not connection.reusable:
-                connection.abort()
-            elif now - connection.idle_since > self.idle_timeout:
-                connection.abort()
-                self.close_idle()  # all below it are older
-            else:
+            connection = idle.pop()  # one that was lost is no longer among them
+            if now - connection.idle_since <= self.idle_timeout and connection.reusable:
                 return connection
+            connection.abort()
         return None
 
     @property

@@ -32,20 +32,16 @@ class Route:
         self.budget = RetryBudget()
         self.tls = tls_context(service.ca_file) if any(url.startswith("https:") for url in service.replicas) else None
         limit = min(max_connections, service.max_in_flight or max_connections)
-        self._pools = {url: ConnectionPool(Address.parse(url), limit=limit, tls=self.tls) for url in service.replicas}
-
-    def pool(self, address: str) -> ConnectionPool:
-        """The connections to one of the replicas."""
-        return self._pools[address]
+        self.pools = {url: ConnectionPool(Address.parse(url), limit=limit, tls=self.tls) for url in service.replicas}
 
     @property
     def open_connections(self) -> int:
         """Over all replicas."""
-        return sum(pool.open for pool in self._pools.values())
+        return sum(pool.open for pool in self.pools.values())
 
     def close(self) -> None:
         """Close the connections that wait for a request."""
-        for pool in self._pools.values():
+        for pool in self.pools.values():
             pool.close_idle()
 
 

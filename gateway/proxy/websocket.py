@@ -47,7 +47,7 @@ async def relay(
     context.attempts, context.replica = 1, place.address
     outcome = Outcome.NEUTRAL
     try:
-        upstream = await _open(proxy, route, route.pool(place.address).address, scope)
+        upstream = await _open(proxy, route, route.pools[place.address].address, scope)
     except InvalidStatus as refusal:
         outcome = Outcome.FAILURE if is_failure(refusal.response.status_code) else Outcome.SUCCESS
         context.cause, context.status = Cause.COMPLETED, refusal.response.status_code
@@ -70,7 +70,7 @@ async def relay(
 
 async def _open(proxy: "ProxyApp", route: Route, address: Address, scope: Scope) -> ClientConnection:
     timeouts = route.service.timeouts
-    fields = RequestFields(header for header in scope["headers"] if header[0] not in HANDSHAKE)
+    fields = RequestFields([header for header in scope["headers"] if header[0] not in HANDSHAKE])
     client = scope.get("client")
     peer = client[0] if client else ""
     scheme = "https" if scope.get("scheme") == "wss" else "http"
@@ -129,7 +129,7 @@ def _accepted(upstream: ClientConnection) -> Message:
     assert upstream.response is not None
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in upstream.response.headers.raw_items()]
     own = {b"sec-websocket-accept", b"sec-websocket-extensions", b"sec-websocket-protocol", b"date", b"server"}
-    headers = [header for header in answer_fields(raw) if header[0] not in own]
+    headers = [header for header in answer_fields(raw, dict(raw)) if header[0] not in own]
     return {"type": "websocket.accept", "subprotocol": upstream.subprotocol, "headers": headers}
 
 
@@ -140,7 +140,7 @@ async def _deny(scope: Scope, send: Send, response: Response) -> None:
         return
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in response.headers.raw_items()]
     body = bytes(response.body or b"")
-    headers = [header for header in answer_fields(raw) if header[0] != b"content-length"]
+    headers = [header for header in answer_fields(raw, dict(raw)) if header[0] != b"content-length"]
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "websocket.http.response.start", "status": response.status_code, "headers": headers})
     await send({"type": "websocket.http.response.body", "body": body, "more_body": False})
