@@ -68,7 +68,9 @@ class RequestFields:
         if (connection is not None and connection not in ALONE) or b"_" in b"".join(by_name):
             shadowing = {name for name in by_name if b"_" in name and name.replace(b"_", b"-") in SHADOWED}
             dropped = NOT_COPIED | connection_named(connection or b"") | shadowing
-        self.kept = b"".join([b"%b: %b\r\n" % header for header in headers if header[0] not in dropped])
+        lines = [b": ".join(header) for header in headers if header[0] not in dropped]
+        lines.append(b"")
+        self.kept = b"\r\n".join(lines)
         self.by_name = by_name
         self.host = by_name.get(b"host", b"")
         self.length = by_name.get(b"content-length")
