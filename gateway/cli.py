@@ -45,6 +45,8 @@ def serve(host: str | None, port: int | None, workers: int | None, config: str |
         return Settings.from_environment(config=config, dotenv=DOTENV, overrides=overrides, supervised=True)
 
     settings = or_exit(load)
+    # Whatever the file says later: the supervisor has bound the address, and counts its workers.
+    overrides |= {"HOST": settings.host, "PORT": str(settings.port), "WORKERS": str(settings.workers)}
     from gateway.server.workers import serve as run
 
     status = run(app=create_app, load=load, host=settings.host, port=settings.port, workers=settings.workers)

@@ -5,6 +5,7 @@ Two tables, ``GATEWAY_OPTIONS`` and ``SERVICE_OPTIONS``, are the settings themse
 """
 
 import os
+import ssl
 import string
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from gateway.policies.callers import LOCAL_PEERS, Networks
 from gateway.policies.circuit_breaker import CircuitBreakerConfig
@@ -252,8 +253,11 @@ def _url(text: str, *schemes: str) -> str:
 
 def _redis_url(text: str) -> str:
     url = _url(text, "redis", "rediss", "unix")
-    database = urlsplit(url).path.strip("/")
+    parts = urlsplit(url)
+    database = parts.path.strip("/")
     if database and not database.isdigit() and not url.startswith("unix"):
+        raise ValueError
+    if any(name not in REDIS_OPTIONS for name, _ in parse_qsl(parts.query, strict_parsing=bool(parts.query))):
         raise ValueError
     return url
 
@@ -264,6 +268,7 @@ def _replicas(text: str) -> tuple[str, ...]:
         parts = urlsplit(_url(address, "http", "https"))
         if set(address) & set("@?#%\\") or parts.netloc.endswith(":") or _has_odd_segments(parts.path):
             raise ValueError
+        (parts.hostname or "").encode("idna")  # a name that no resolver could take raises
     if len(set(addresses)) < len(addresses):
         raise ValueError
     return addresses
@@ -283,8 +288,10 @@ def _has_odd_segments(path: str) -> bool:
 
 
 def _ca_file(text: str) -> str:
-    if not Path(text).is_file():
-        raise ValueError
+    try:
+        ssl.create_default_context(cafile=text)
+    except (OSError, ssl.SSLError):
+        raise ValueError from None
     return text
 
 
@@ -312,13 +319,17 @@ _MILLISECONDS = _decimal(1, 10_000, "of milliseconds ", unit=1000)
 _PER_MINUTE = _limit("a minute", 60_000_000)
 _PER_HOUR = _limit("an hour", 3_600_000_000)
 _NETWORKS = _Kind("addresses, networks such as 10.0.0.0/8 and `unix`, comma-separated, or `none`", _networks)
+REDIS_OPTIONS = frozenset(
+    {"client_name", "db", "password", "socket_keepalive", "ssl_ca_certs", "ssl_ca_path", "ssl_cert_reqs"}
+    | {"ssl_certfile", "ssl_check_hostname", "ssl_keyfile", "username"}
+)
 _REDIS = _Kind("redis://host, rediss://host or unix:///path", _redis_url, show=_show_scheme)
 _QDRANT = _Kind("http://host or https://host", lambda text: _url(text, "http", "https"), show=_show_scheme)
 _REPLICAS = _Kind(
     "http(s)://host[:port][/path] and no more, or several such, comma-separated, no two the same", _replicas
 )
 _PREFIX = _Kind(f"a path such as /api/v1/name, without escapes, outside of {' '.join(OWN_PATHS)}", _prefix)
-_CA_FILE = _Kind("a file", _ca_file)
+_CA_FILE = _Kind("a file of certificates in PEM form", _ca_file)
 
 
 # The settings themselves ----------------------------------------------------------------------------------------------

@@ -617,6 +617,49 @@ async def test_an_answer_before_the_body_is_up_passes() -> None:
         assert gw.proxy.open_connections == 0
 
 
+@pytest.mark.parametrize(
+    ("events", "cause"),
+    [
+        (b"data: 1\n\n", Cause.COMPLETED),
+        (b"data: 1\n\nevent: error\ndata: {}\n\n", Cause.ERROR_EVENT),
+        (b"data: 1\r\n\r\nevent:error\r\ndata: {}\r\n\r\n", Cause.ERROR_EVENT),
+        (b"event: error\ndata: {}\n\ndata: [DONE]\n\n", Cause.COMPLETED),
+        (b"data: event: error\n\n", Cause.COMPLETED),
+    ],
+)
+async def test_a_stream_that_ends_in_an_error_event_has_failed(events: bytes, cause: Cause) -> None:
+    async def stream(request: Request, reader: Reader, writer: Writer) -> None:
+        await read_body(request, reader)
+        writer.write(EVENTS)
+        for byte in events:
+            writer.write(b"1\r\n%c\r\n" % byte)
+        writer.write(b"0\r\n\r\n")
+
+    async with rig(stream) as gw:
+        answer = await gw.call()
+        assert (answer.body, answer.whole) == (events, True)
+        assert await gw.cause() is cause
+
+
+async def test_an_event_that_ends_in_a_read_of_its_own_is_ended_all_the_same() -> None:
+    async def stall(request: Request, reader: Reader, writer: Writer) -> None:
+        writer.write(EVENTS + b"8\r\ndata: 1\n\r\n")
+        await until(lambda: gw.seen.last.bytes_out)
+        writer.write(b"1\r\n\n\r\n")
+        await reader.read(1)
+        raise ConnectionError
+
+    async with rig(stall) as gw:
+        assert (await gw.call()).body.startswith(b"data: 1\n\nevent: error\n")
+
+
+async def test_garbage_that_comes_with_the_head_of_an_answer_is_a_whole_502() -> None:
+    async with rig(reply(CHUNKED + b"zz\r\n"), retries=0) as gw:
+        answer = await gw.call()
+        assert (answer.status, answer.whole) == (502, True)
+        assert await gw.cause() is Cause.GARBLED
+
+
 # The gateway's own ending
 
 

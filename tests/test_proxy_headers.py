@@ -18,6 +18,8 @@ def crossing(headers: Headers) -> Headers:
         ([(b"accept", b"a"), (b"x-a", b"1"), (b"x-a", b"2")], [(b"accept", b"a"), (b"x-a", b"1"), (b"x-a", b"2")]),
         ([(b"connection", b"keep-alive, x-a"), (b"x-a", b"1"), (b"x-b", b"2")], [(b"x-b", b"2")]),
         ([(b"connection", b""), (b"connection", b"X-A"), (b"x-a", b"1")], []),
+        ([(b"connection", b"X-Correlation-ID, x-user-id"), (b"x-correlation-id", b"1"), (b"x-user-id", b"u")],
+         [(b"x-correlation-id", b"1"), (b"x-user-id", b"u")]),
         ([(b"te", b"trailers"), (b"trailer", b"x"), (b"upgrade", b"h2c"), (b"keep-alive", b"timeout=5")], []),
         ([(b"proxy-authorization", b"s"), (b"proxy-connection", b"close")], []),
         ([(b"content_length", b"5"), (b"transfer_encoding", b"chunked"), (b"x_user_id", b"root")], []),

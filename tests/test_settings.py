@@ -27,6 +27,8 @@ from gateway.settings import (
 
 ROOT = Path(__file__).parent.parent
 
+CA_FILE = Path(__file__).parent / "tls" / "cert.pem"
+
 
 def load(toml: str = "", tmp: Path | None = None, /, **environ: str) -> Settings:
     config = None
@@ -144,7 +146,7 @@ def test_whatever_is_set_for_all_services_can_be_set_for_one(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("option", SERVICE_OPTIONS, ids=lambda option: option.name)
 def test_every_service_option_takes_effect_for_all_and_for_one(option: Option, tmp_path: Path) -> None:
-    values = {"UPSTREAM_CA_FILE": __file__, "RATE_LIMIT_ON_REDIS_FAILURE": "closed"}
+    values = {"UPSTREAM_CA_FILE": str(CA_FILE), "RATE_LIMIT_ON_REDIS_FAILURE": "closed"}
     booleans = dict.fromkeys(("RETRY_ALL_METHODS", "PRESERVE_HOST"), "yes")
     value = {**values, **booleans, "CIRCUIT_BREAKER_MIN_FAILURE_RATIO": "0.5"}.get(option.name, "7")
     before = load()
@@ -245,6 +247,9 @@ def test_all_mistakes_are_told_at_once_by_name(tmp_path: Path) -> None:
         ("SYSTEM_FROM", "localhost"),
         ("ADMIN_TOKEN", "two words"),
         ("UPSTREAM_CA_FILE", "/no/such/file"),
+        ("UPSTREAM_CA_FILE", __file__),
+        ("CHATBOT_SERVICE_URL", "http://a..b:80"),
+        ("REDIS_URL", "redis://h/0?foo=1"),
         ("WEB_CONCURRENCY", "0"),
         *(
             ("CHATBOT_SERVICE_URL", url)

@@ -53,9 +53,11 @@ async def rig(behaviour: Behaviour = echo, **options: object) -> AsyncIterator[R
 
     timeouts = options.pop("timeouts", Timeouts())
     assert isinstance(timeouts, Timeouts)
+    preserve_host = bool(options.pop("preserve_host", False))
     async with serve(handle, "127.0.0.1", 0, compression=None, **options) as server:  # type: ignore[arg-type]
         port = next(iter(server.sockets)).getsockname()[1]
-        target = Target(name="api", prefix="/api", replicas=(f"http://127.0.0.1:{port}/base",), timeouts=timeouts)
+        replicas = (f"http://127.0.0.1:{port}/base",)
+        target = Target(name="api", prefix="/api", replicas=replicas, timeouts=timeouts, preserve_host=preserve_host)
         seen = Seen(ProxyApp([target]))
         async with serving(seen) as gateway_port:
             yield Rig(gateway_port, seen, connections)
@@ -83,6 +85,15 @@ async def test_the_handshake_keeps_path_query_headers_and_says_who_is_calling() 
         assert request.headers["X-Forwarded-For"] == "127.0.0.1"
         assert request.headers["X-Forwarded-Host"] == f"127.0.0.1:{gw.port}"
         assert request.headers.get_all("Host") == [f"127.0.0.1:{gw.connections[0].local_address[1]}"]
+
+
+async def test_a_service_may_ask_for_the_clients_host() -> None:
+    async with rig(preserve_host=True) as gw:
+        async with gw.connect():
+            await until(lambda: gw.connections)
+        request = gw.connections[0].request
+        assert request is not None
+        assert request.headers.get_all("Host") == [f"127.0.0.1:{gw.port}"]
 
 
 async def test_the_subprotocol_that_the_service_chose_reaches_the_client() -> None:
@@ -172,6 +183,8 @@ async def test_a_handshake_that_is_not_accepted_never_hangs(answer: bytes, statu
         seen = Seen(ProxyApp({"/api": upstream.url}))
         async with serving(seen) as port:
             assert parse(await send_raw(port, HANDSHAKE)).status == status
+            if b"200 OK" in answer:
+                assert seen.last.cause is Cause.REFUSED, "that a service knows no WebSocket is no failure of it"
 
 
 async def test_a_service_that_is_not_there_or_silent_refuses_the_handshake() -> None:

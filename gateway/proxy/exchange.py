@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LISTEN_AFTER = 0.05  # seconds: only a request that takes longer is worth a task that watches its client
 LOOK_AGAIN = 60.0  # seconds, at the latest
 REPLAY_BYTES = 64 * 1024  # of a request's body, kept in case it is sent again (RESILIENCE.md, 3)
+TAIL_BYTES = 4096  # of a stream of events: enough to see in its last one whether it says that the stream failed
 NEVER = float("inf")
 
 TOO_LATE = {
@@ -61,7 +62,7 @@ class Exchange(Deadline):
     _streamed = False  # the body went to a replica as it came
     _started = False  # something was sent to the client
     _streams_events = False
-    _between_events = True
+    _tail = b""  # of a stream of events
     _phase = Cause.CLIENT_TOO_SLOW  # what it means if `_phase_ends` passes
     _phase_ends = NEVER
     _answer_ends = NEVER
@@ -99,7 +100,8 @@ class Exchange(Deadline):
         error = None
         try:
             await self._forward()
-            context.cause = Cause.COMPLETED
+            in_band = self._streams_events and ends_in_error(self._tail)
+            context.cause = Cause.ERROR_EVENT if in_band else Cause.COMPLETED
         except ForwardingError as raised:
             error = raised
         except asyncio.CancelledError as cancelled:
@@ -139,7 +141,8 @@ class Exchange(Deadline):
             failure, wait, outcome = None, None, Outcome.NEUTRAL
             try:
                 wait = await self._attempt(route.pools[address], head, fields)
-                outcome = Outcome.FAILURE if is_failure(self._status) else Outcome.SUCCESS
+                failed = is_failure(self._status) or (self._streams_events and ends_in_error(self._tail))
+                outcome = Outcome.FAILURE if failed else Outcome.SUCCESS
             except ForwardingError as error:
                 failure = error
             except asyncio.CancelledError as cancelled:
@@ -237,6 +240,8 @@ class Exchange(Deadline):
         self._dispatch(connection, pool.address, head, fields)
         while not connection.head_complete:
             await connection.progress()
+        if connection.error is not None and not connection.complete:  # nothing was sent: it can still be a whole error
+            raise connection.error
 
         self._status = status = connection.status
         if status == 429 or is_failure(status):
@@ -323,10 +328,10 @@ class Exchange(Deadline):
         data = connection.take()
         if data:
             context.first_byte_at = monotonic()
+        if not complete or connection.content_length is None:
+            self._begin_stream(connection)
         if complete:
             self._give_back(pool)
-        else:
-            self._begin_stream(connection)
         context.status = status
         self._started = True
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -334,7 +339,7 @@ class Exchange(Deadline):
             if data:
                 context.bytes_out += len(data)
                 if self._streams_events:
-                    self._between_events = data.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
+                    self._tail = (self._tail + data)[-TAIL_BYTES:]
             await send({"type": "http.response.body", "body": data, "more_body": not complete})
             if complete:
                 return
@@ -349,7 +354,7 @@ class Exchange(Deadline):
             self._expect(Cause.CLIENT_TOO_SLOW, self.route.service.timeouts.client)
 
     def _begin_stream(self, connection: Http1Connection) -> None:
-        """An answer that has not come in one piece: bound the time of the whole, and see of what kind it is."""
+        """An answer that is not known whole from its head: bound the time of it, and see of what kind it is."""
         timeouts = self.route.service.timeouts
         unbounded = connection.content_length is None
         self._streams_events = unbounded and is_event_stream(connection.headers)
@@ -473,7 +478,7 @@ class Exchange(Deadline):
             reason = error.reason or cause.value
             await answer(self.scope, self.send, error.status, error.message, retry_after=retry_after, reason=reason)
             return
-        if self._streams_events and self._between_events and cause is not Cause.CLIENT_TOO_SLOW:
+        if self._streams_events and is_between_events(self._tail) and cause is not Cause.CLIENT_TOO_SLOW:
             body = error_body(error.status, error.message, self.context.correlation_id)
             event = b"event: error\ndata: " + body + b"\n\n"
             await self.send({"type": "http.response.body", "body": event, "more_body": True})
@@ -501,3 +506,14 @@ def is_event_stream(headers: list[Header]) -> bool:
         elif name == b"content-encoding" and value.lower() != b"identity":
             return False
     return found
+
+
+def is_between_events(tail: bytes) -> bool:
+    """A stream of events, of which this is the end so far, has not begun or has just ended one."""
+    return not tail or tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
+
+
+def ends_in_error(tail: bytes) -> bool:
+    """The last event of a stream that ended so is of the type ``error``: the service says that it failed."""
+    last = tail.replace(b"\r\n", b"\n").replace(b"\r", b"\n").rstrip(b"\n").rpartition(b"\n\n")[2]
+    return any(line in (b"event: error", b"event:error") for line in last.split(b"\n"))

@@ -44,6 +44,7 @@ SHADOWED = NOT_COPIED | {b"x-user-id", b"x-correlation-id", b"authorization", b"
 
 
 FORWARDING = frozenset(name for name in OURS if name.startswith(b"x-forwarded")) | {b"forwarded", b"via", b"x-real-ip"}
+SAID_BY_US = frozenset({b"", b"close", b"keep-alive", b"x-correlation-id", b"x-user-id"})
 ALONE = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})  # what Connection mostly says: it names no field
 
 
@@ -89,9 +90,9 @@ def _joined(headers: Iterable[Header]) -> dict[bytes, bytes]:
 
 
 def connection_named(value: bytes) -> frozenset[bytes]:
-    """The field names that ``Connection`` names, all its lines joined."""
-    names = (name.strip().lower() for name in value.split(b","))
-    return frozenset(name for name in names if name not in (b"", b"close", b"keep-alive"))
+    """The field names that ``Connection`` names, all its lines joined, less those that carry what the gateway says."""
+    names = {name.strip().lower() for name in value.split(b",")}
+    return frozenset(names - SAID_BY_US)
 
 
 def forwarding_fields(fields: RequestFields, *, peer: bytes, trusted: bool, scheme: bytes, via: bytes) -> bytes:

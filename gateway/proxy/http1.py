@@ -38,6 +38,7 @@ class Http1Connection(asyncio.Protocol):
         fields: the same by name, the last of each.
         content_length: of the answer's body, where it announced one.
         complete: the whole answer has come.
+        error: what went wrong on the connection.
         served: how many exchanges it has completed.
         idle_since: when the last ended, seconds on the event loop's clock.
     """
@@ -45,7 +46,6 @@ class Http1Connection(asyncio.Protocol):
     __slots__ = (
         "_chunks",
         "_drained",
-        "_error",
         "_expects_body",
         "_fed",
         "_held",
@@ -59,6 +59,7 @@ class Http1Connection(asyncio.Protocol):
         "awaited",
         "complete",
         "content_length",
+        "error",
         "fields",
         "head_complete",
         "headers",
@@ -86,7 +87,7 @@ class Http1Connection(asyncio.Protocol):
         self.head_complete = self.complete = self.keep_alive = False
         self._waiter: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
-        self._error: ForwardingError | None = None
+        self.error: ForwardingError | None = None
         self._reading_paused = self._until_close = False
         self._reading: list[Header] = []  # fields as they are parsed, of the head and then of trailers
         self._chunks: list[bytes] = []
@@ -109,20 +110,20 @@ class Http1Connection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Send a part of the request."""
-        if self._error is None and self.transport is not None:
+        if self.error is None and self.transport is not None:
             self.transport.write(data)
 
     async def drain(self) -> None:
         """Wait until the service takes more of the request's body."""
-        if self._drained is not None and self._error is None:
+        if self._drained is not None and self.error is None:
             await self._drained
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
 
     def progress(self) -> "asyncio.Future[None]":
         """To be awaited for more of the answer than there is."""
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         waiter = self._waiter = self._loop.create_future()
         return waiter
 
@@ -142,7 +143,7 @@ class Http1Connection(asyncio.Protocol):
     @property
     def reusable(self) -> bool:
         """The answer came whole, nothing came behind it, and both sides want another."""
-        return self.keep_alive and self.complete and self._error is None and not self.is_closing
+        return self.keep_alive and self.complete and self.error is None and not self.is_closing
 
     @property
     def silent(self) -> bool:
@@ -205,7 +206,7 @@ class Http1Connection(asyncio.Protocol):
         return False  # closes the transport; connection_lost tells what that means
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.awaited and self._error is None:
+        if self.awaited and self.error is None:
             if self._until_close and self.head_complete and exc is None:
                 self.complete = True
             elif self.head_complete:
@@ -305,8 +306,8 @@ class Http1Connection(asyncio.Protocol):
             raise _UnfitAnswerError("The service sent chunks in HTTP/1.0")
 
     def _fail(self, cause: Cause, message: str) -> None:
-        if self._error is None:
-            self._error = ForwardingError(cause, message)
+        if self.error is None:
+            self.error = ForwardingError(cause, message)
         self.keep_alive = self.awaited = False
         self._close()
         if self._waiter is not None and not self._waiter.done():

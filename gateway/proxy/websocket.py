@@ -2,7 +2,7 @@
 
 import asyncio
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from starlette.types import Message, Receive, Scope, Send
 from websockets.asyncio.client import ClientConnection
@@ -54,8 +54,8 @@ async def relay(
         await _deny(scope, send, refusal.response)
     except ForwardingError as error:
         outcome = OUTCOMES[error.cause]
-        context.cause = error.cause
-        await answer(scope, send, error.status, error.message, reason=error.cause.value)
+        context.cause, context.reason = error.cause, error.reason
+        await answer(scope, send, error.status, error.message, reason=error.reason or error.cause.value)
     else:
         outcome = Outcome.SUCCESS
         try:
@@ -79,7 +79,13 @@ async def _open(proxy: "ProxyApp", route: Route, address: Address, scope: Scope)
     )
     lines = (fields.kept + forwarding).decode("latin-1").split("\r\n")[:-1]
     path = address.path + (scope.get("raw_path") or quote(scope["path"]).encode())
-    uri = WebSocketURI(address.tls, address.host, address.port, path.decode("latin-1"), scope["query_string"].decode())
+    query: bytes = scope.get("query_string", b"")
+    if not (path.isascii() and query.isascii()):
+        raise ForwardingError(Cause.REFUSED, "The target has bytes outside ASCII", status=400, reason="bad_target")
+    host, port = address.host, address.port
+    if route.service.preserve_host and fields.host:
+        host, port = _host_and_port(fields.host, address)
+    uri = WebSocketURI(address.tls, host, port, path.decode(), query.decode())
     protocol = ClientProtocol(
         uri,
         subprotocols=[Subprotocol(name) for name in scope.get("subprotocols", ())] or None,
@@ -110,7 +116,9 @@ async def _open(proxy: "ProxyApp", route: Route, address: Address, scope: Scope)
     except InvalidStatus as refusal:
         if refusal.response.status_code >= 300:
             raise
-        raise ForwardingError(Cause.GARBLED, "The service took the WebSocket handshake for a plain request") from None
+        # No failure of the service's: it may not know Upgrade, and any client can ask it for one (EDGE.md, 57, 68).
+        message = "The service took the WebSocket handshake for a plain request"
+        raise ForwardingError(Cause.REFUSED, message, status=502, reason="not_a_websocket") from None
     except (InvalidHandshake, WebSocketException, EOFError) as error:
         raise ForwardingError(Cause.GARBLED, "The service's answer to the WebSocket handshake is not valid") from error
     finally:
@@ -118,6 +126,15 @@ async def _open(proxy: "ProxyApp", route: Route, address: Address, scope: Scope)
             connection.transport.abort()
     connection.start_keepalive()
     return connection
+
+
+def _host_and_port(host: bytes, address: Address) -> tuple[str, int]:
+    """The client's ``Host`` as the handshake takes it; the connection goes to the address all the same."""
+    parts = urlsplit(b"//" + host)
+    try:
+        return (parts.hostname or b"").decode(), parts.port or (443 if address.tls else 80)
+    except ValueError as error:
+        raise ForwardingError(Cause.REFUSED, "Host is not valid", status=400, reason="bad_host") from error
 
 
 def _split(line: str) -> tuple[str, str]:
