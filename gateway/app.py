@@ -33,6 +33,7 @@ from gateway.settings import Settings
 
 logger = logging.getLogger("gateway")
 Layer = Callable[[ASGIApp], ASGIApp]
+STARTING = Phase.STARTING  # looked up once: an enumeration's member costs more than a global
 
 
 def create_app(settings: Settings | None = None) -> "Gateway":
@@ -147,7 +148,7 @@ class Gateway:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         else:
-            if self.health.phase is Phase.STARTING:  # mounted, so without a lifespan: ready as soon as it is asked
+            if self.health.phase is STARTING:  # mounted, so without a lifespan: ready as soon as it is asked
                 self.health.serve()
             await self.app(scope, receive, send)
 

@@ -92,40 +92,24 @@ class RequestContext:
         reason: where the gateway refused it, a word saying why: ``rate_limited``, ``breaker_open``, ``full`` ...
     """
 
-    __slots__ = (
-        "attempts",
-        "bytes_in",
-        "bytes_out",
-        "caller",
-        "cause",
-        "client_address",
-        "correlation_id",
-        "endpoint",
-        "first_byte_at",
-        "probe",
-        "reason",
-        "replica",
-        "service",
-        "started",
-        "status",
-    )
+    # Defaults on the class, not slots: a request then sets only what it has.
+    correlation_id = ""
+    endpoint = "other"
+    service: Service | None = None
+    caller = ""
+    client_address = ""
+    probe = False
+    status = 0
+    attempts = 0
+    replica = ""
+    bytes_in = 0
+    bytes_out = 0
+    first_byte_at: float | None = None
+    cause: Cause | None = None
+    reason = ""
 
     def __init__(self) -> None:
-        self.correlation_id = ""
         self.started = monotonic()
-        self.endpoint = "other"
-        self.service: Service | None = None
-        self.caller = ""
-        self.client_address = ""
-        self.probe = False
-        self.status = 0
-        self.attempts = 0
-        self.replica = ""
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self.first_byte_at: float | None = None
-        self.cause: Cause | None = None
-        self.reason = ""
 
     @staticmethod
     def of(scope: Scope) -> "RequestContext":

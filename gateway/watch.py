@@ -27,6 +27,7 @@ class Watch:
         whole: the last byte of the answer was given to the server, or the WebSocket was closed in good order.
         client_left: the client went before that.
         cut_short: once it has ended: the client got less than a whole answer, or a whole one that says that it is not.
+        seconds: once it has ended: how long it took, never below 0.
     """
 
     # Defaults on the class, not slots: a request then sets only what it has.
@@ -37,6 +38,7 @@ class Watch:
     whole = False
     client_left = False
     cut_short = False
+    seconds = 0.0
     _ended = False
 
     def __init__(self, context: RequestContext, receive: Receive, send: Send, clock: Callable[[], float]) -> None:
@@ -62,10 +64,15 @@ class Watch:
 
     async def receive(self) -> Message:
         message = await self._receive()
-        kind = message["type"]
-        if kind == "http.request":
+        if message["type"] == "http.request":
             self.bytes_in += len(message.get("body", b""))
-        elif kind == "http.disconnect":
+        else:
+            self._receives_rarely(message)
+        return message
+
+    def _receives_rarely(self, message: Message) -> None:
+        kind = message["type"]
+        if kind == "http.disconnect":
             self.client_left = not self.whole
         elif kind == "websocket.receive":
             self.bytes_in += _size(message)
@@ -73,16 +80,16 @@ class Watch:
             # 1000 and 1001 are a goodbye, 1005 one without a code (RFC 6455, 7.4.1).
             self.whole = self.whole or (self.status == 101 and message.get("code", 1005) in (1000, 1001, 1005))
             self.client_left = not self.whole
-        return message
 
     def send(self, message: Message) -> Awaitable[None]:  # no coroutine of its own: it runs for every message
         kind = message["type"]
         if kind == "http.response.body":
             self.bytes_out += len(message.get("body", b""))
-            if not message.get("more_body", False):
+            if not message.get("more_body"):
                 self.whole = True
         elif kind == "http.response.start":
-            self._answers(message["status"])
+            self.status = self.context.status = message["status"]
+            self.answered_at = self._clock()
         elif kind == "websocket.send":
             self.bytes_out += _size(message)
         else:
@@ -118,16 +125,20 @@ class Watch:
             return
         self._ended = True
         context = self.context
-        context.bytes_in, context.bytes_out = self.bytes_in, self.bytes_out
+        context.bytes_in = self.bytes_in
+        context.bytes_out = self.bytes_out
+        seconds = self._clock() - context.started
+        if seconds > 0:
+            self.seconds = seconds
         if context.cause is None:
             context.cause = self._cause(error)
         if self.status == 0:
             gone = self.client_left or isinstance(error, CancelledError)
             self.status = LEFT_UNANSWERED if gone else FAILED_UNSEEN
-        if self.status == 101:
-            self.cut_short = context.cause is not COMPLETED
-        else:
-            self.cut_short = not self.whole or (context.cause is not COMPLETED and self.status < 400)
+        if context.cause is not COMPLETED:
+            self.cut_short = self.status < 400 or not self.whole  # a WebSocket too, its 101
+        elif not self.whole:
+            self.cut_short = self.status != 101
 
     def _cause(self, error: BaseException | None) -> Cause:
         if self.whole:

@@ -3,6 +3,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.context import Cause, RequestContext
@@ -317,6 +319,87 @@ async def test_lines_for_people_read_well() -> None:
     log = Log(answering(200), json=False, colour=True)
     await log.call(http())
     assert b"\x1b[32mINFO    \x1b[0m" in log.written[0]
+
+
+WORDS = st.text(max_size=20) | st.sampled_from(["", '"', "\\", "\n", "\x7f", "é", "\u2028", "😀", "\ud800"])
+NUMBERS = st.integers(0, 3) | st.integers(0, 2**40)
+SECONDS = st.none() | st.floats(0, 1000)
+
+
+@given(
+    correlation_id=WORDS,
+    path=st.binary(max_size=40) | st.sampled_from([b"/a?b", b"/" + b"x" * 2000]),
+    service=st.booleans(),
+    caller=WORDS,
+    address=WORDS,
+    attempts=st.integers(0, 3),
+    numbers=st.tuples(NUMBERS, NUMBERS),
+    first_byte=SECONDS,
+    cause=st.sampled_from(Cause),
+    reason=st.sampled_from(["", "full"]),
+    status=st.sampled_from([200, 302, 404, 429, 500, 503]),
+)
+def test_a_line_holds_what_there_is_to_tell_in_the_order_of_the_contract_and_nothing_empty(
+    correlation_id: str,
+    path: bytes,
+    service: bool,
+    caller: str,
+    address: str,
+    attempts: int,
+    numbers: tuple[int, int],
+    first_byte: float | None,
+    cause: Cause,
+    reason: str,
+    status: int,
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        log.clock.advance(0.12345)
+        context: RequestContext = scope["gateway"]
+        context.correlation_id, context.cause, context.reason = correlation_id, cause, reason
+        context.service = Service(name="chatbot-service", prefix="/chat", replicas=("http://c",)) if service else None
+        context.caller, context.client_address = caller, address
+        context.attempts, context.replica = attempts, "http://c" if attempts else ""
+        context.first_byte_at = None if first_byte is None else context.started + first_byte
+        await receive()
+        await send({**START, "status": status})
+        await send({**END, "body": bytes(numbers[1] % 5000)})
+
+    log = Log(app)
+    body: Message = {"type": "http.request", "body": bytes(numbers[0] % 5000)}
+    asyncio.run(log.call(http("/chat", "POST", raw_path=path), body))
+
+    shown = path.decode("ascii", "backslashreplace").partition("?")[0]
+    ttfb = 0.12345 if first_byte is None else first_byte
+    told: dict[str, Any] = {
+        "timestamp": "2025-11-27T10:30:00Z",
+        "level": "ERROR" if status >= 500 else "WARNING" if status < 400 and cause is not Cause.COMPLETED else "INFO",
+        "message": "Request completed",
+        "correlation_id": correlation_id,
+        "method": "POST",
+        "path": shown if len(shown) <= 1024 else f"{shown[:1024]}...",
+        "status_code": status,
+        "duration_ms": 123.45,
+        "service": "chatbot-service" if service else None,
+        "caller": caller or None,
+        "client": address or "192.0.2.7",
+        "attempts": attempts or None,
+        "replica": "http://c" if attempts else None,
+        "bytes_in": numbers[0] % 5000 or None,
+        "bytes_out": numbers[1] % 5000 or None,
+        "ttfb_ms": int(ttfb * 100_000 + 0.5) / 100,
+        "cause": None if cause is Cause.COMPLETED else str(cause),
+        "reason": reason or None,
+    }
+    if cause is Cause.REFUSED:
+        told["message"] = "Request refused"
+    elif cause is not Cause.COMPLETED:
+        told["message"] = "Request aborted" if status < 400 else "Request failed"
+    assert [*log.line] == [name for name, value in told.items() if value is not None]
+    for name, value in log.line.items():
+        if isinstance(value, float):
+            assert value == pytest.approx(told[name], abs=0.011), name
+        else:
+            assert value in (told[name], str(told[name]).encode("utf-8", "backslashreplace").decode()), name
 
 
 async def test_two_requests_at_once_have_a_line_each() -> None:

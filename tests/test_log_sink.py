@@ -9,14 +9,27 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.types import Receive, Scope, Send
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 
-from gateway.backends.log_sink import LogSink, SinkHandler, configure_logging, event_line, event_text, shortened
+from gateway.backends.log_sink import (
+    INDISCREET,
+    LogSink,
+    SinkHandler,
+    configure_logging,
+    event_line,
+    event_text,
+    shortened,
+)
+from tests.wire import serving
 
 ROOT = Path(__file__).parent.parent
 
@@ -272,7 +285,7 @@ def test_a_line_for_people_has_no_control_bytes() -> None:
 @pytest.fixture
 def logging_as_before() -> Iterator[None]:
     root = logging.getLogger()
-    names = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi", "httpx", "httpcore")
+    names = ("uvicorn", *INDISCREET)
     levels = {name: logging.getLogger(name).level for name in names}
     handlers, level = root.handlers[:], root.level
     yield
@@ -327,6 +340,39 @@ def test_standard_logging_uvicorn_and_loguru_share_the_sink_and_its_form(pipe: P
     assert "DeprecationWarning: old" in lines[4]["message"]
     assert b"secret" not in text
     assert token.encode() not in text, "a traceback does not show what variables held"
+
+
+@pytest.mark.parametrize("level", ["INFO", "TRACE"])
+@pytest.mark.usefixtures("logging_as_before")
+async def test_neither_the_query_nor_the_head_of_a_websocket_reaches_the_log_under_bare_uvicorn(
+    pipe: Pipe, level: str
+) -> None:
+    sink = LogSink(pipe.writer, interval=0.001)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        if scope["type"] == "lifespan":  # uvicorn has set up logging as it likes it by then
+            leave = configure_logging(sink, level)
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            leave()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        if scope["path"] == "/accepted":
+            await send({"type": "websocket.accept"})
+        await send({"type": "websocket.close", "code": 1000})
+        logging.getLogger("uvicorn.error").info("of %s", scope["path"])
+
+    head = {"Authorization": "Bearer secret"}
+    async with serving(app, log_level=level.lower()) as port:
+        for path in ("/accepted", "/refused"):
+            with suppress(InvalidStatus):
+                async with connect(f"ws://127.0.0.1:{port}{path}?key=secret", additional_headers=head) as socket:
+                    await socket.wait_closed()
+    sink.close()
+    text = pipe.read_until(lambda data: b"of /refused" in data)
+    assert b"of /accepted" in text
+    assert b"secret" not in text
 
 
 def test_a_bad_log_call_does_not_fail_its_caller(pipe: Pipe, capsys: pytest.CaptureFixture[str]) -> None:

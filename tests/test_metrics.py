@@ -239,6 +239,12 @@ async def test_a_slow_request_has_an_exemplar_in_openmetrics() -> None:
     assert ' # {correlation_id="slow-one"} 7.0' in text
 
 
+def test_counters_have_no_second_series_for_when_they_were_created() -> None:
+    process_metrics().breaker_changed("chatbot-service", "closed")
+    assert 'circuit_breaker_transitions_total{service="chatbot-service"' in generate_latest().decode()
+    assert "_created" not in generate_latest().decode()
+
+
 def test_two_gateways_in_a_process_share_their_metrics() -> None:
     first, second = MetricsASGI(answering(200)), MetricsASGI(answering(200))
     assert first.metrics is second.metrics is process_metrics()
@@ -258,13 +264,14 @@ async def test_lifespan_passes_untouched() -> None:
 def test_workers_are_added_up_whichever_is_asked(tmp_path: Path) -> None:
     worker = """
 import sys
+from time import monotonic
 from gateway.backends.prometheus import process_metrics
 from gateway.policies.services import Service
 metrics = process_metrics()
 metrics.expect([Service(name="chatbot-service", prefix="/api/v1/chat", replicas=())])
 from gateway.context import RequestContext
 from gateway.watch import Watch
-watch = Watch(RequestContext(), None, None, None)
+watch = Watch(RequestContext(), None, None, monotonic)
 watch.context.endpoint, watch.context.attempts, watch.status, watch.whole = "/api/v1/chat", 2, 200, True
 watch.context.service = Service(name="chatbot-service", prefix="/api/v1/chat", replicas=())
 watch.ended()

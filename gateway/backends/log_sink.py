@@ -88,14 +88,15 @@ class LogSink:
             line = shortened(line)
             size = len(line)
         waiting = self._accepted - self._taken + size
-        if waiting > self.buffer_bytes:
+        is_much = waiting > self._hurry_bytes
+        if is_much and waiting > self.buffer_bytes:
             self._drop(1)
             return
         self._accepted += size
         self._lines.append(line)
         if not self._awake:
             self._wake()
-        if waiting > self._hurry_bytes and not self._hurry.is_set():
+        if is_much and not self._hurry.is_set():
             self._hurry.set()
 
     def close(self, timeout: float = 1.0) -> None:
@@ -261,7 +262,14 @@ def _without_middle(text: str, excess: int) -> str:
 COLOURS = {"TRACE": 36, "DEBUG": 36, "INFO": 32, "SUCCESS": 32, "WARNING": 33, "ERROR": 31, "CRITICAL": 91}
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 NUMBERS = {"TRACE": 5, "SUCCESS": 25}  # what loguru knows beside the levels of standard logging
-QUERY_PRINTERS = ("httpx", "httpcore", "uvicorn.access")  # below WARNING they write whole URLs
+INDISCREET = {  # the least level at which each writes no query string, head or body of a request
+    "httpx": logging.WARNING,
+    "httpcore": logging.WARNING,
+    "uvicorn.access": logging.WARNING,
+    "uvicorn.asgi": logging.WARNING,
+    "uvicorn.error": logging.INFO,  # but for what `_is_discreet` leaves out
+    "websockets": logging.INFO,
+}
 Error = tuple[type[BaseException], BaseException, TracebackType | None]
 
 
@@ -381,8 +389,9 @@ def configure_logging(sink: LogSink, level: str = "INFO", json: bool = True) -> 
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    for name in QUERY_PRINTERS:
-        logging.getLogger(name).setLevel(max(number, logging.WARNING))
+    for name, least in INDISCREET.items():
+        logging.getLogger(name).setLevel(max(number, least))
+    logging.getLogger("uvicorn.error").addFilter(_is_discreet)  # the second time does nothing
     logging.captureWarnings(True)
     leave_loguru = _configure_loguru(sink, number, line)
 
@@ -392,6 +401,11 @@ def configure_logging(sink: LogSink, level: str = "INFO", json: bool = True) -> 
         leave_loguru()
 
     return leave
+
+
+def _is_discreet(record: logging.LogRecord) -> bool:
+    """Whether it is not one of uvicorn's lines on a WebSocket, which carry its query string; ours on it does not."""
+    return not str(record.msg).startswith('%s - "WebSocket ')
 
 
 def _configure_loguru(sink: LogSink, number: int, line: Callable[..., bytes]) -> Callable[[], None]:

@@ -9,11 +9,20 @@ import os
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, values
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    values,
+)
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
@@ -87,6 +96,7 @@ class Metrics:
         self._callers: set[str] = set()
         over_workers: bool = values.ValueClass._multiprocess
         self._requests = _OverWorkers(registry) if over_workers else _InOneProcess(registry)
+        self._series: Mapping[Kind, _Tally | _Children] = self._requests.series
         self._directory = Path(MultiProcessCollector(None)._path) if over_workers else None  # type: ignore[no-untyped-call]
         if not over_workers:
             self.in_flight.set_function(lambda: self._under_way)
@@ -111,19 +121,17 @@ class Metrics:
         context = watch.context
         status = watch.status
         service = context.service
-        kind = (
-            method if method in METHODS else OTHER_METHOD,
-            context.endpoint,
-            status,
-            NO_SERVICE if service is None else service.name,
-            context.cause or "",
-        )
-        failed = status >= 500 or watch.cut_short
-        self._requests.add(kind, seconds, failed, context.attempts, context.correlation_id)
+        name = NO_SERVICE if service is None else service.name
+        kind = (method, context.endpoint, status, name, context.cause or "")
+        series = self._series.get(kind)
+        if series is None:
+            series = self._requests.expect(kind if method in METHODS else (OTHER_METHOD, *kind[1:]))
+        series.add(seconds, status >= 500 or watch.cut_short, context.attempts, context.correlation_id)
 
     def unparsed(self, status: int) -> None:
         """The server refused what it could not read as a request."""
-        self._requests.add((OTHER_METHOD, "other", status, NO_SERVICE, Cause.REFUSED), 0.0, status >= 500, 0, "")
+        kind = (OTHER_METHOD, "other", status, NO_SERVICE, Cause.REFUSED)
+        self._requests.expect(kind).add(0.0, status >= 500, 0, "")
 
     def rate_limit_exceeded(self, caller: str) -> None:
         """A caller was refused with 429; the first thousand have a series of their own."""
@@ -163,54 +171,51 @@ class Metrics:
 class _Tally:
     """What requests of one kind add up to."""
 
-    __slots__ = ("attempts", "buckets", "count", "errors", "exemplars", "retries", "seconds")
+    __slots__ = ("attempts", "buckets", "errors", "exemplars", "retries", "seconds")
 
     def __init__(self) -> None:
-        self.count = 0
+        self.attempts = 0
+        self.retries = 0
         self.errors = 0
         self.seconds = 0.0
         self.buckets = [0] * len(BOUNDS)
         self.exemplars: list[tuple[str, float] | None] = [None] * len(BOUNDS)  # the latest of each bucket
-        self.attempts = 0
-        self.retries = 0
+
+    def add(self, seconds: float, failed: bool, attempts: int, correlation_id: str) -> None:
+        bucket = bisect_left(BUCKETS, seconds)
+        self.seconds += seconds
+        self.buckets[bucket] += 1
+        if correlation_id and len(correlation_id) <= LONGEST_EXEMPLAR:
+            self.exemplars[bucket] = (correlation_id, seconds)
+        if failed:
+            self.errors += 1
+        if attempts:
+            self.attempts += attempts
+            if attempts > 1:
+                self.retries += attempts - 1
 
 
 class _InOneProcess(Collector):
     """The families that every request counts in, added up in plain numbers."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._tallies: dict[Kind, _Tally] = {}
+        self.series: dict[Kind, _Tally] = {}
         registry.register(self)
 
-    def expect(self, kind: Kind) -> None:
-        self._tallies.setdefault(kind, _Tally())
-
-    def add(self, kind: Kind, seconds: float, failed: bool, attempts: int, correlation_id: str) -> None:
-        tally = self._tallies.get(kind)
-        if tally is None:
-            tally = self._tallies[kind] = _Tally()
-        bucket = bisect_left(BUCKETS, seconds)
-        tally.count += 1
-        tally.seconds += seconds
-        tally.buckets[bucket] += 1
-        if 0 < len(correlation_id) <= LONGEST_EXEMPLAR:
-            tally.exemplars[bucket] = (correlation_id, seconds)
-        if failed:
-            tally.errors += 1
-        if attempts:
-            tally.attempts += attempts
-            tally.retries += attempts - 1
+    def expect(self, kind: Kind) -> _Tally:
+        return self.series.setdefault(kind, _Tally())
 
     def collect(self) -> Iterable[Metric]:
         counts: dict[str, dict[tuple[str, ...], float]] = {
             name: defaultdict(float) for name, _, _ in (REQUESTS, ERRORS, OUTCOMES, ATTEMPTS, RETRIES)
         }
         times: dict[tuple[str, str], _Tally] = {}
-        for (method, endpoint, status, service, cause), tally in tuple(self._tallies.items()):
+        for (method, endpoint, status, service, cause), tally in tuple(self.series.items()):
+            count = sum(tally.buckets)
             where = (method, endpoint)
-            counts[REQUESTS[0]][(method, endpoint, str(status))] += tally.count
+            counts[REQUESTS[0]][(method, endpoint, str(status))] += count
             counts[ERRORS[0]][where] += tally.errors
-            counts[OUTCOMES[0]][(service, cause)] += tally.count
+            counts[OUTCOMES[0]][(service, cause)] += count
             if service != NO_SERVICE:
                 counts[ATTEMPTS[0]][(service,)] += tally.attempts
                 counts[RETRIES[0]][(service,)] += tally.retries
@@ -255,12 +260,12 @@ class _OverWorkers:
         self._attempts = counter(*ATTEMPTS)
         self._retries = counter(*RETRIES)
         self._seconds = Histogram(*SECONDS, buckets=BUCKETS, registry=registry)
-        self._series: dict[Kind, tuple[Counter, Histogram, Counter, Counter, Counter | None, Counter | None]] = {}
+        self.series: dict[Kind, _Children] = {}
 
-    def expect(self, kind: Kind) -> None:
+    def expect(self, kind: Kind) -> "_Children":
         method, endpoint, status, service, cause = kind
         asked = service != NO_SERVICE
-        self._series[kind] = (  # looking a child up by its labels costs more than counting in it
+        children = self.series[kind] = _Children(
             self._requests.labels(method, endpoint, str(status)),
             self._seconds.labels(method, endpoint),
             self._outcomes.labels(service, cause),
@@ -268,20 +273,30 @@ class _OverWorkers:
             self._attempts.labels(service) if asked else None,
             self._retries.labels(service) if asked else None,
         )
+        return children
 
-    def add(self, kind: Kind, seconds: float, failed: bool, attempts: int, correlation_id: str) -> None:
-        if kind not in self._series:
-            self.expect(kind)
-        requests, times, outcomes, errors, tries, retries = self._series[kind]
-        requests.inc()
-        times.observe(seconds)
-        outcomes.inc()
+
+@dataclass(slots=True)
+class _Children:
+    """Where requests of one kind count; looking a child up by its labels costs more than counting in it."""
+
+    requests: Counter
+    times: Histogram
+    outcomes: Counter
+    errors: Counter
+    attempts: Counter | None
+    retries: Counter | None
+
+    def add(self, seconds: float, failed: bool, attempts: int, correlation_id: str) -> None:
+        self.requests.inc()
+        self.times.observe(seconds)
+        self.outcomes.inc()
         if failed:
-            errors.inc()
-        if attempts and tries is not None and retries is not None:
-            tries.inc(attempts)
+            self.errors.inc()
+        if attempts and self.attempts is not None and self.retries is not None:
+            self.attempts.inc(attempts)
             if attempts > 1:
-                retries.inc(attempts - 1)
+                self.retries.inc(attempts - 1)
 
 
 def _forget_dead_workers(directory: Path) -> None:
@@ -298,4 +313,5 @@ def _forget_dead_workers(directory: Path) -> None:
 @cache
 def process_metrics() -> Metrics:
     """The metrics of this process, which any number of gateways in it share."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a series beside each counter, of a name that is taken for one more
     return Metrics()

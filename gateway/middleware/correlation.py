@@ -1,6 +1,7 @@
 """Correlation IDs: one name for a request, shared by its caller, our logs and the upstream."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable
+from operator import itemgetter
 from random import getrandbits
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -8,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.context import KEY, RequestContext
 
 SAFE = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")  # in a header, a log line, a URL
-Header = tuple[bytes, bytes]
+NAME = itemgetter(0)  # of a header
 OPENS_RESPONSE = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
 
 
@@ -46,23 +47,29 @@ class CorrelationASGI:
             return
 
         header = self.header
-        received = [value for name, value in scope["headers"] if name == header]
-        chosen = received[0] if len(received) == 1 and is_well_formed(received[0]) else self.new_id()
-        context = RequestContext.of(scope)
-        context.correlation_id = chosen.decode()
+        headers = scope["headers"]
+        chosen = b""
+        if header in map(NAME, headers):  # a loop in C: most requests and answers bring none
+            received = [value for name, value in headers if name == header]
+            headers = [field for field in headers if field[0] != header]
+            if len(received) == 1 and is_well_formed(received[0]):
+                chosen = received[0]
+        if not chosen:
+            chosen = self.new_id()
         named = (header, chosen)
+        context: RequestContext | None = scope.get(KEY)
+        if context is None:
+            context = RequestContext()
+        context.correlation_id = chosen.decode()
 
-        async def send_named(message: Message) -> None:
+        def send_named(message: Message) -> Awaitable[None]:
             if message["type"] in OPENS_RESPONSE:
-                message = {**message, "headers": self._named(message.get("headers", ()), named)}
-            await send(message)
+                fields = [*message.get("headers", ())]
+                if header in map(NAME, fields):
+                    fields = [field for field in fields if field[0] != header]
+                fields.append(named)
+                message = {**message, "headers": fields}
+            return send(message)
 
         # A copy: outer layers keep the request they were given (ASGI specification, "Middleware").
-        headers = scope["headers"]
-        headers = self._named(headers, named) if received else [*headers, named]
-        await self.app({**scope, "headers": headers, KEY: context}, receive, send_named)
-
-    def _named(self, headers: Iterable[Header], named: Header) -> list[Header]:
-        kept = [header for header in headers if header[0] != self.header]
-        kept.append(named)
-        return kept
+        await self.app({**scope, "headers": [*headers, named], KEY: context}, receive, send_named)

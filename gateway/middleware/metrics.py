@@ -6,7 +6,7 @@ from typing import Protocol
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.watch import Watch
+from gateway.watch import WATCH, Watch
 
 
 class RequestMetrics(Protocol):
@@ -45,8 +45,11 @@ class MetricsASGI:
             await self.app(scope, receive, send)
             return
 
-        watch, scope, receive, send = Watch.over(scope, receive, send, self.clock)
-        self.metrics.began()
+        watch: Watch | None = scope.get(WATCH)
+        if watch is None:
+            watch, scope, receive, send = Watch.over(scope, receive, send, self.clock)
+        metrics = self.metrics
+        metrics.began()
         try:
             await self.app(scope, receive, send)
         except BaseException as error:
@@ -55,7 +58,7 @@ class MetricsASGI:
         else:
             watch.ended()
         finally:
-            until = watch.answered_at if watch.status == 101 else None
-            seconds = (self.clock() if until is None else until) - watch.context.started
-            method = scope.get("method", "GET")  # a WebSocket's handshake is a GET
-            self.metrics.ended(method, seconds if seconds > 0 else 0.0, watch)
+            seconds = watch.seconds
+            if watch.status == 101 and watch.answered_at is not None:
+                seconds = max(0.0, watch.answered_at - watch.context.started)
+            metrics.ended(scope.get("method", "GET"), seconds, watch)  # a WebSocket's handshake is a GET
