@@ -70,7 +70,10 @@ def ask(port: int) -> None:
             connection.sendall(REQUEST)
             answer = b""
             while not answer.endswith(b"x" * 911):
-                answer += connection.recv(65536)
+                part = connection.recv(65536)
+                if not part:
+                    raise SystemExit("the gateway closed the connection")
+                answer += part
     counting.clear()
 
 

@@ -7,7 +7,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gateway.context import OUTCOMES, Cause, RequestContext, is_failure
 from gateway.policies.circuit_breaker import Outcome
@@ -44,6 +44,7 @@ TOO_LATE = {
 # Endings of an attempt after which another may be worth a try: a service that was slow once will be slow again.
 RETRIABLE = frozenset({Cause.CONNECT_FAILED, Cause.CONNECT_TIMEOUT, Cause.RESET, Cause.GARBLED, Cause.CUT_SHORT})
 NOT_DISPATCHED = frozenset({Cause.CONNECT_FAILED, Cause.CONNECT_TIMEOUT})
+CUT_BY_SERVER = "client_too_slow"  # the reason that our server gives in `http.disconnect`
 logger = logging.getLogger("gateway.proxy")
 
 
@@ -199,7 +200,7 @@ class Exchange(Deadline):
         self._expect(Cause.CLIENT_TOO_SLOW, self.route.service.timeouts.client)
         message = await self.receive()
         if message["type"] == "http.disconnect":
-            raise ForwardingError(Cause.CLIENT_LEFT, TOO_LATE[Cause.CLIENT_LEFT])
+            raise departure(message)
         self._first_part = part = message.get("body", b"")
         if len(part) > self.route.service.max_body_bytes:
             raise self._too_large()
@@ -416,7 +417,7 @@ class Exchange(Deadline):
                 self._expect(Cause.CLIENT_TOO_SLOW, timeouts.client)
             message = await self.receive()
             if message["type"] == "http.disconnect":
-                raise ForwardingError(Cause.CLIENT_LEFT, TOO_LATE[Cause.CLIENT_LEFT])
+                raise departure(message)
             part = message.get("body", b"")
             self.context.bytes_in += len(part)
             if self.context.bytes_in > self.route.service.max_body_bytes:
@@ -426,9 +427,9 @@ class Exchange(Deadline):
         await self._watch_client()
 
     async def _watch_client(self) -> None:
-        while (await self.receive())["type"] != "http.disconnect":
+        while (message := await self.receive())["type"] != "http.disconnect":
             pass
-        raise ForwardingError(Cause.CLIENT_LEFT, TOO_LATE[Cause.CLIENT_LEFT])
+        raise departure(message)
 
     # Time
 
@@ -471,7 +472,7 @@ class Exchange(Deadline):
     async def _tell(self, error: ForwardingError) -> None:
         """Tell the client what went wrong, in the way that the state of its answer still allows."""
         cause = error.cause
-        if cause is Cause.CLIENT_LEFT:
+        if cause is Cause.CLIENT_LEFT or error.reason == CUT_BY_SERVER:
             return
         if not self._started:
             retry_after = 1 if error.status == 503 else None
@@ -487,6 +488,13 @@ class Exchange(Deadline):
     def _too_large(self) -> ForwardingError:
         message = f"The body is larger than the {self.route.service.max_body_bytes} bytes allowed"
         return ForwardingError(Cause.REFUSED, message, status=413, reason="body_too_large")
+
+
+def departure(message: Message) -> ForwardingError:
+    """Why the client is gone: by itself, or because our server has cut it off for being too slow."""
+    if message.get("reason") == CUT_BY_SERVER:
+        return ForwardingError(Cause.CLIENT_TOO_SLOW, TOO_LATE[Cause.CLIENT_TOO_SLOW], reason=CUT_BY_SERVER)
+    return ForwardingError(Cause.CLIENT_LEFT, TOO_LATE[Cause.CLIENT_LEFT])
 
 
 def retry_after(headers: list[Header]) -> float | None:
