@@ -1,6 +1,7 @@
 """Who is calling: whose word counts, which address is the client's, and what it is counted by."""
 
 from hashlib import sha256
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -179,3 +180,21 @@ def test_two_user_ids_never_share_a_key(one: bytes, other: bytes) -> None:
     assert all(key.startswith(("user:", "ip:unix")) for key in keys)
     if one != other and keys[0] == keys[1]:
         assert keys[0] == "ip:unix"
+
+
+def test_what_is_remembered_of_callers_is_bounded_in_number_and_length() -> None:
+    trusted = TrustedProxies()
+    for number in range(10_000):
+        identify([(b"x-user-id", b"user-%d" % number)], "127.0.0.1", trusted)
+        identify([(b"x-forwarded-for", b"203.0.113.7, " * 100)], "127.0.0.1", trusted)
+        identify([(b"forwarded", b"")] * 100, "127.0.0.1", trusted)
+    assert len(trusted.identities) <= 8192
+    assert all(sum(len(part or b"") for part in said) <= 256 for _, *said in trusted.identities)
+
+
+def test_headers_may_be_lists_and_are_read_afresh_for_each_peer() -> None:
+    headers: list[Any] = [[b"host", b"a"], [b"x-user-id", b"alice"]]
+    for _ in range(2):
+        assert identify(headers, "127.0.0.1", LOCAL).caller == "user:alice"
+        assert identify(headers, "198.51.100.9", LOCAL).caller == "ip:198.51.100.9"
+        assert identify([*headers, headers[1]], "127.0.0.1", LOCAL).caller == "ip:127.0.0.1"

@@ -119,6 +119,13 @@ def test_what_is_known_of_the_whole_bucket_begins_the_share() -> None:
     assert admitted(limiter, "ip:new", 100) == 30
 
 
+def test_what_was_known_a_while_ago_has_flowed_back_since() -> None:
+    clock = FakeClock()
+    limiter = MemoryLimiter(workers=2, clock=clock)
+    limiter.remember("ip:spent", LIMITS, (60 * MINUTE_US, 0, 0), age_us=20 * SECOND)
+    assert admitted(limiter, "ip:spent", 100) == 10
+
+
 def test_the_default_clock_is_unix_time_and_never_goes_back() -> None:
     readings = [unix_microseconds() for _ in range(1000)]
     assert readings == sorted(readings)

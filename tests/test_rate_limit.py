@@ -189,6 +189,34 @@ async def test_a_services_own_headers_of_these_names_are_replaced(clock: FakeClo
     assert len(service.headers) == len(theirs) + 3  # what it sent is not touched
 
 
+@pytest.mark.parametrize("name", [b"ratelimit-policy", b"RateLimit-Policy", b"Ratelimit-Policy", b"RATELIMIT-POLICY"])
+async def test_they_are_replaced_however_they_are_usually_spelt(clock: FakeClock, name: bytes) -> None:
+    answer = await ask(limited(clock, Service200((b"x-first", b"1"), (name, b"theirs"), (b"x-last", b"2"))))
+    assert [value for found, value in answer.pairs if found.lower() == b"ratelimit-policy"] == [
+        b'"minute";q=60;w=60, "hour";q=1000;w=3600'
+    ]
+    assert [name for name, _ in answer.pairs][:2] == [b"x-first", b"x-last"]
+
+
+async def test_what_others_do_to_one_answers_headers_does_not_show_in_the_next(clock: FakeClock) -> None:
+    app = limited(clock, per_minute=0)
+    preflight: Headers = [(b"origin", b"https://example.com"), (b"access-control-request-method", b"POST")]
+    for scope in (scope_of(method="OPTIONS", headers=preflight), scope_of()):
+        first = await ask(app, scope)
+        pairs = list(first.pairs)
+        first.messages[0]["headers"].clear()
+        assert (await ask(app, scope)).pairs == pairs
+
+
+async def test_what_is_remembered_of_answers_is_bounded(clock: FakeClock) -> None:
+    app = limited(clock, per_minute=60, per_hour=None)
+    for _ in range(1100):
+        clock.advance(60)
+        answer = await ask(app)
+        assert answer.headers["x-ratelimit-reset-minute"] == str(clock.now_us // 1_000_000 + 1)
+    assert len(app._common._told) <= 1024
+
+
 async def test_two_services_have_buckets_of_their_own_and_others_share_the_common_ones(clock: FakeClock) -> None:
     app = limited(
         clock,

@@ -350,6 +350,32 @@ async def test_local_buckets_begin_from_what_was_last_known_each_worker_with_its
         assert fresh.remaining_minute == 29
 
 
+async def test_what_is_known_for_then_is_bounded_and_the_latest_of_it(own_server: RedisServer) -> None:
+    async with limiter_on(own_server.url, capacity=8) as limiter:
+        for number in range(30):
+            for _ in range(2):
+                await limiter.take(f"ip:{number}", LIMITS)
+            assert len(limiter._known) + len(limiter._known_before) <= 8
+        own_server.kill()
+        await until(lambda: not limiter.shared)
+        left = [(await limiter.take(f"ip:{number}", LIMITS)).remaining_minute for number in (0, 26, 27, 28, 29)]
+        assert left == [59, 57, 57, 57, 57]
+
+
+async def test_a_second_outage_begins_from_what_redis_said_in_between(own_server: RedisServer) -> None:
+    limits = Limits.of(None, 100)  # a token in 36 s
+    async with limiter_on(own_server.url, deadline=0.25) as limiter:
+        for left in (98, 96):  # what is taken locally is not told to Redis, nor kept over what it says
+            assert (await limiter.take("ip:a", limits)).remaining_hour == left + 1
+            own_server.stop()
+            await until(lambda: not limiter.shared)
+            assert (await limiter.take("ip:a", limits)).remaining_hour == left
+            assert (await limiter.take("ip:a", limits)).remaining_hour == left - 1
+            own_server.resume()
+            await until(lambda: limiter.shared)
+            assert (await limiter.take("ip:a", limits)).remaining_hour == left
+
+
 async def test_what_a_failure_means_is_said_call_by_call(own_server: RedisServer) -> None:
     own_server.kill()
     async with limiter_on(own_server.url) as limiter:

@@ -278,3 +278,24 @@ async def test_lifespan_passes_untouched() -> None:
     scope = {"type": "lifespan"}
     await call(SystemASGI(app), scope, [])
     assert seen[0] is scope
+
+
+async def test_a_path_that_was_asked_before_leads_where_it_did_whoever_asks() -> None:
+    app = system()
+    for _ in range(2):
+        assert (await call(app, http("/api/v1/chat/x", "POST"))).body == b"chatbot-service /api/v1/chat"
+        assert (await call(app, http("/api/v1/chat/x", "TRACE"))).status == 405
+        assert (await call(app, websocket("/api/v1/chat/x"))).body == b"chatbot-service /api/v1/chat"
+        assert (await call(app, {**http("/api/v1/chat/x"), "raw_path": b"/api/v1/chat/x?a=/../b"})).status == 200
+        assert (await call(app, {**http("/api/v1/chat/x"), "raw_path": None})).status == 200
+        assert (await call(app, http("/api/v1/chat/../x"))).status == 400
+
+
+async def test_what_is_remembered_of_paths_is_bounded_in_number_and_length() -> None:
+    app = system()
+    for number in range(3000):
+        await call(app, http(f"/api/v1/chat/{number}"))
+        await call(app, http(f"/nowhere/{number}"))
+        await call(app, http(f"/api/v1/chat/{number:0>300}"))
+    assert 0 < len(app._remembered) <= 2048
+    assert all(len(path) <= 256 for path in app._remembered)

@@ -45,35 +45,37 @@ class MemoryLimiter:
     def take_now(self, key: str, limits: Limits, cost: int = 1) -> Decision:
         """The same, at once."""
         now_us = self.clock()
-        part = self._share(limits)
+        if self.workers != 1:
+            limits = self._share(limits)
         known = self._callers.get(key)
-        state, decision = take(FULL if known is None else known[0], part, now_us, cost)
+        state, decision = take(FULL if known is None else known[0], limits, now_us, cost)
         if decision.admitted and cost:
-            self._keep(key, state, part, now_us)
+            if known is None:
+                self._file(key, state, limits, now_us)
+            self._callers[key] = (state, limits)
         return decision
 
-    def remember(self, key: str, limits: Limits, state: State) -> None:
-        """Note what is known of a caller's whole buckets, as of now, scaled to this process's share of them."""
+    def remember(self, key: str, limits: Limits, state: State, age_us: int = 0) -> None:
+        """Note what a caller's whole buckets held ``age_us`` ago, scaled to this process's share of them."""
         now_us = self.clock()
         part = self._share(limits)
-        self._keep(key, rescale(state, limits, part, now_us), part, now_us)
+        state = rescale(state, limits, part, now_us - age_us)
+        if key not in self._callers:
+            self._file(key, state, part, now_us)
+        self._callers[key] = (state, part)
 
     def __len__(self) -> int:
         return len(self._callers)
 
     def _share(self, limits: Limits) -> Limits:
-        if self.workers == 1:
-            return limits
         part = self._shares.get(limits)
         if part is None:
             part = self._shares[limits] = share(limits, self.workers)
         return part
 
-    def _keep(self, key: str, state: State, limits: Limits, now_us: int) -> None:
-        if key not in self._callers:
-            self._make_room(now_us)
-            heappush(self._filed, (full_at_us(state, limits), key))
-        self._callers[key] = (state, limits)
+    def _file(self, key: str, state: State, limits: Limits, now_us: int) -> None:
+        self._make_room(now_us)
+        heappush(self._filed, (full_at_us(state, limits), key))
 
     def _make_room(self, now_us: int) -> None:
         """Let go of callers whose buckets are full, and, if there is no room yet, of the next to be."""

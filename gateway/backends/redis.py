@@ -7,11 +7,11 @@ from contextvars import Context
 from hashlib import sha1
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gateway.backends.memory import MemoryLimiter, unix_microseconds
 from gateway.event_loop import SettledLoop
-from gateway.policies.token_bucket import CLOSED, LOCAL, Decision, Limits, describe
+from gateway.policies.token_bucket import CLOSED, LOCAL, Decision, Figures, Limits, describe
 
 if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
@@ -27,6 +27,7 @@ _SCRIPT = Path(__file__).with_name("token_bucket.lua").read_bytes()
 _EVAL = b"*9\r\n$4\r\nEVAL\r\n$%d\r\n%b\r\n$1\r\n1\r\n" % (len(_SCRIPT), _SCRIPT)
 _EVALSHA = b"*9\r\n$7\r\nEVALSHA\r\n$40\r\n%b\r\n$1\r\n1\r\n" % sha1(_SCRIPT).hexdigest().encode()  # noqa: S324  its name
 _NOT_YET = object()
+_Known = tuple[int, int, Limits, float]  # debts by the minute and the hour, of which buckets, monotonic seconds
 
 
 class RedisLimiter:
@@ -66,8 +67,12 @@ class RedisLimiter:
         self._on_change = on_change
         self._clock = clock
         self._own = MemoryLimiter(workers=workers, capacity=capacity, clock=clock)
+        # What the own buckets begin from: whose turn was of late, and before that. Both together keep to the capacity.
+        self._known: dict[str, _Known] = {}
+        self._known_before: dict[str, _Known] = {}
+        self._half_capacity = max(1, capacity // 2)
         self._denied: dict[str, tuple[float, Decision]] = {}
-        self._arguments: dict[tuple[Limits, int], bytes] = {}
+        self._arguments: dict[tuple[Figures, int], bytes] = {}
         self._settled: SettledLoop | None = None  # where this runs; None: it does not
         self._closed = False
         self._shared: bool | None = None  # None: no answer yet, nor a failure
@@ -102,29 +107,37 @@ class RedisLimiter:
             on_failure: without Redis decide by this worker's own buckets (``local``), pass (``open``), or refuse
                 (``closed``).
         """
-        if cost and (denial := self._denied.get(key)) is not None:
-            if monotonic() < denial[0]:
-                return denial[1]
+        if key in self._denied and cost:
+            until, decision = self._denied[key]
+            if monotonic() < until:
+                return decision
             del self._denied[key]
-        if not self._closed and not self._is_here():
+        settled = self._settled
+        if (settled is None or not settled.is_here()) and not self._closed:
             self._begin()
         if self._shared is not False and not self._closed:
-            decision = await self._ask(key, limits, cost)
-            if decision is not None:
-                return decision
+            answer = await self._ask(key, limits, cost)
+            if answer is not None:
+                return answer
         return self._without_redis(key, limits, cost, on_failure)
 
     def _without_redis(self, key: str, limits: Limits, cost: int, on_failure: str) -> Decision:
         if on_failure == LOCAL:
-            decision = self._own.take_now(key, limits, cost)
-        else:
-            now_us = self._clock()
-            decision = describe(True, (0, 0, now_us), limits, now_us)
-            if on_failure == CLOSED:
-                decision.admitted = False
-                decision.remaining_minute = decision.remaining_hour = 0
-                decision.wait_us = 1_000_000  # the heartbeat looks four times by then
-        decision.mode = on_failure
+            before, known = self._known_before.pop(key, None), self._known.pop(key, None)
+            if (known := known or before) is not None:
+                debt_minute, debt_hour, whole, at = known
+                age = max(0.0, monotonic() - at)
+                self._own.remember(key, whole, (debt_minute, debt_hour, 0), int(age * 1_000_000))
+            return self._own.take_now(key, limits, cost)._replace(mode=on_failure)
+        now_us = self._clock()
+        decision = describe(True, (0, 0, now_us), limits, now_us)._replace(mode=on_failure)
+        if on_failure == CLOSED:
+            decision = decision._replace(
+                admitted=False,
+                remaining_minute=0,
+                remaining_hour=0,
+                wait_us=1_000_000,  # the heartbeat looks four times by then
+            )
         return decision
 
     # One connection, and the checks on their way
@@ -181,41 +194,38 @@ class RedisLimiter:
     def _ask(self, key: str, limits: Limits, cost: int) -> "asyncio.Future[Decision | None]":
         """Ask Redis; None where it does not answer in time, or not with a decision."""
         loop = self._loop
-        check = _Check(loop.create_future(), key, limits, cost, loop.time())
-        self._waiting.append(check)
+        name = (self._prefix + key).encode("utf-8", "backslashreplace")  # no key may hold up the others
+        argument = self._arguments.get((limits.figures, cost)) or self._argument(limits, cost)
+        question = b"$%d\r\n%b\r\n%b" % (len(name), name, argument)
+        answer: asyncio.Future[Decision | None] = loop.create_future()
+        self._waiting.append(_Check(answer, question, key, limits, loop.time()))
         if not self._boarding and not self._under_way:
             self._boarding = True
             loop.call_soon(self._depart)
         if self._alarm is None:
             self._alarm = loop.call_later(self._deadline, self._look)
-        return check.answer
+        return answer
 
     def _depart(self) -> None:
         """Send all that wait, if nothing is under way."""
         self._boarding = False
         if self._link is None or self._under_way:
             return
-        command = _EVAL if self._again else _EVALSHA  # the first one teaches Redis the script
-        flight: list[bytes] = []
-        for check in [*self._again, *self._waiting]:
-            if not check.answer.done():  # a request given up while it waited: it costs no token
-                key = (self._prefix + check.key).encode(errors="backslashreplace")  # no key may hold up the others
-                flight += (command, b"$%d\r\n%b\r\n" % (len(key), key), self._argument(check.limits, check.cost))
-                self._under_way.append(check)
-                command = _EVALSHA
+        first = _EVAL if self._again else _EVALSHA  # the first one teaches Redis the script
+        # a request given up while it waited is left behind: it costs no token
+        flight = [check for check in self._again + self._waiting if not check.answer.done()]
         self._again, self._waiting = [], []
         if flight:
+            self._under_way.extend(flight)
             self._departed_at = self._loop.time()
-            self._link.send(b"".join(flight))
+            self._link.send(first + _EVALSHA.join([check.question for check in flight]))
 
     def _argument(self, limits: Limits, cost: int) -> bytes:
-        packed = self._arguments.get((limits, cost))
-        if packed is None:
-            numbers: list[int] = []
-            for limit in (limits.minute, limits.hour):
-                numbers += (-1, 0) if limit is None else (limit.tokens, limit.period_us)
-            packed = b"".join(b"$%d\r\n%d\r\n" % (len(str(number)), number) for number in (*numbers, cost))
-            self._arguments[limits, cost] = packed
+        numbers: list[int] = []
+        for limit in (limits.minute, limits.hour):
+            numbers += (-1, 0) if limit is None else (limit.tokens, limit.period_us)
+        packed = b"".join(b"$%d\r\n%d\r\n" % (len(str(number)), number) for number in (*numbers, cost))
+        self._arguments[limits.figures, cost] = packed
         return packed
 
     def _answered(self, reply: Any) -> None:
@@ -223,32 +233,35 @@ class RedisLimiter:
             raise ConnectionError(str(reply))  # such as having too many clients
         check = self._under_way[0]
         if isinstance(reply, list):
+            answer, _, key, limits, arrived, _ = check
             admitted, debt_minute, debt_hour, reached_us, now_us = reply
-            decision = describe(admitted == 1, (debt_minute, debt_hour, reached_us), check.limits, now_us)
-            in_time = not check.answer.done()
+            decision = describe(admitted == 1, (debt_minute, debt_hour, reached_us), limits, now_us)
+            in_time = not answer.done()
             if in_time:
-                check.answer.set_result(decision)
-            if check.limits is not HEARTBEAT_LIMITS:
-                self._learn(check, decision, debt_minute, debt_hour)
-            elif in_time:
-                self._switch(True, "Redis answers")
+                answer.set_result(decision)
+            if limits is HEARTBEAT_LIMITS:
+                if in_time:
+                    self._switch(True, "Redis answers")
+            else:
+                if self._shared is not False:  # by now the own buckets may hold more than this late answer knows of
+                    self._known[key] = (debt_minute, debt_hour, limits, arrived)
+                    if len(self._known) >= self._half_capacity:
+                        self._known_before, self._known = self._known, {}
+                if not admitted:
+                    self._remember_denial(key, decision)
         elif str(reply).startswith("NOSCRIPT") and not check.is_again:
-            check.is_again = True
-            self._again.append(check)
+            self._again.append(check._replace(is_again=True))
         else:
             self._lose(str(reply))
         self._under_way.popleft()
         if not self._under_way and (self._again or self._waiting):
             self._depart()
 
-    def _learn(self, check: "_Check", decision: Decision, debt_minute: int, debt_hour: int) -> None:
-        if self._shared is not False:  # by now the own buckets may hold more than this late answer knows of
-            self._own.remember(check.key, check.limits, (debt_minute, debt_hour, 0))
-        if not decision.admitted:
-            if len(self._denied) >= DENIALS:
-                self._denied.clear()
-            wait = DENIAL_REMEMBERED if decision.wait_us is None else decision.wait_us / 1_000_000
-            self._denied[check.key] = (monotonic() + min(wait, DENIAL_REMEMBERED), decision)
+    def _remember_denial(self, key: str, decision: Decision) -> None:
+        if len(self._denied) >= DENIALS:
+            self._denied.clear()
+        wait = DENIAL_REMEMBERED if decision.wait_us is None else decision.wait_us / 1_000_000
+        self._denied[key] = (monotonic() + min(wait, DENIAL_REMEMBERED), decision)
 
     # The deadline: one timer for all checks, and two more turns of the loop, for it may be we who were late
 
@@ -318,20 +331,15 @@ class RedisLimiter:
         self._under_way.clear()
 
 
-class _Check:
+class _Check(NamedTuple):
     """One question to Redis."""
 
-    __slots__ = ("answer", "arrived", "cost", "is_again", "key", "limits")
-
-    def __init__(
-        self, answer: "asyncio.Future[Decision | None]", key: str, limits: Limits, cost: int, arrived: float
-    ) -> None:
-        self.answer = answer
-        self.key = key
-        self.limits = limits
-        self.cost = cost
-        self.arrived = arrived
-        self.is_again = False
+    answer: "asyncio.Future[Decision | None]"
+    question: bytes  # as it is sent, but for the command
+    key: str
+    limits: Limits
+    arrived: float  # on the loop's clock, which is the monotonic one
+    is_again: bool = False
 
 
 class _Link(asyncio.Protocol):
@@ -347,7 +355,8 @@ class _Link(asyncio.Protocol):
 
         self._writer = writer  # which would close the transport if it were let go of
         self._transport = writer.transport
-        self._reader = hiredis.Reader(notEnoughData=_NOT_YET)
+        reader = hiredis.Reader(notEnoughData=_NOT_YET)
+        self._feed, self._gets = reader.feed, reader.gets
         self._answered = answered
         self._broke = broke
         self._transport.set_protocol(self)
@@ -362,8 +371,8 @@ class _Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            self._reader.feed(data)
-            while (reply := self._reader.gets()) is not _NOT_YET:
+            self._feed(data)
+            while (reply := self._gets()) is not _NOT_YET:
                 self._answered(reply)
         except Exception as error:  # what came is not the protocol, or not what was asked for
             self._broke(self, f"Redis sent something unexpected: {error}")

@@ -38,27 +38,30 @@ class AdmissionASGI:
             await self.app(scope, receive, send)
             return
 
-        context = RequestContext.of(scope)
         if self.in_flight >= self.max_in_flight:
-            await self._refuse(scope, send, context, "The gateway is at its limit of requests in flight", "full")
+            await self._refuse(scope, send, "The gateway is at its limit of requests in flight", "full")
             return
-        name = context.service.name if context.service is not None else ""
-        bound = self.service_max_in_flight.get(name)
-        if bound is not None and self._service_in_flight[name] >= bound:
-            message = f"Service '{name}' is at its limit of requests in flight"
-            await self._refuse(scope, send, context, message, "service_full")
-            return
-
+        bounded = self._bounded_service(scope) if self.service_max_in_flight else None
+        if bounded is not None:
+            if self._service_in_flight[bounded] >= self.service_max_in_flight[bounded]:
+                message = f"Service '{bounded}' is at its limit of requests in flight"
+                await self._refuse(scope, send, message, "service_full")
+                return
+            self._service_in_flight[bounded] += 1
         self.in_flight += 1
-        if bound is not None:
-            self._service_in_flight[name] += 1
         try:
             await self.app(scope, receive, send)
         finally:
             self.in_flight -= 1
-            if bound is not None:
-                self._service_in_flight[name] -= 1
+            if bounded is not None:
+                self._service_in_flight[bounded] -= 1
 
-    async def _refuse(self, scope: Scope, send: Send, context: RequestContext, message: str, reason: str) -> None:
+    def _bounded_service(self, scope: Scope) -> str | None:
+        """The name of the request's service, where that has a bound of its own."""
+        service = RequestContext.of(scope).service
+        return service.name if service is not None and service.name in self.service_max_in_flight else None
+
+    async def _refuse(self, scope: Scope, send: Send, message: str, reason: str) -> None:
+        context = RequestContext.of(scope)
         context.cause, context.reason = Cause.REFUSED, reason
         await answer(scope, send, 503, message, retry_after=self.retry_after, reason=reason)

@@ -1,7 +1,7 @@
 """The circuit breaker as a layer: a service that keeps failing is not asked for a while, and callers learn at once."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from math import ceil, inf
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -10,6 +10,7 @@ from gateway import problems
 from gateway.circuit_breaker import circuit_breaker_registry
 from gateway.context import DROP_CODES, KEY, OUTCOMES, Cause, RequestContext, is_failure
 from gateway.policies.circuit_breaker import CircuitBreaker, CircuitBreakerConfig, Outcome, Permit, Refusal
+from gateway.watch import WATCH, Watch
 
 COMPLETED, CLIENT_LEFT = Cause.COMPLETED, Cause.CLIENT_LEFT
 SUCCESS, FAILURE, NEUTRAL = Outcome.SUCCESS, Outcome.FAILURE, Outcome.NEUTRAL
@@ -66,25 +67,38 @@ class BreakerASGI:
         if context is None:
             context = RequestContext()
             scope = {**scope, KEY: context}
-        breaker = self.breaker
-        if self.breakers is not None:
-            breaker = self.breakers.get(context.service.name) if context.service is not None else None
+        breaker: CircuitBreaker | None
+        if self.breakers is None:
+            breaker = self.breaker
+        else:
+            service = context.service
+            breaker = None if service is None else self.breakers.get(service.name)
         if breaker is None:
             await self.app(scope, receive, send)
             return
 
-        permit = breaker.acquire(self.clock())
+        clock = self.clock
+        permit = breaker.acquire(clock())
         if isinstance(permit, Refusal):
             await self._refuse(scope, send, context, breaker.name, permit)
             return
 
         context.probe = permit.probe
-        call = (_Exchange if kind == "http" else _Session)(permit, context, receive, send, self.clock)
+        watch: Watch | None = scope.get(WATCH)
+        call: _Exchange
+        if kind != "http":
+            call = _Session(permit, context, receive, send, clock)
+            send = call.send
+        elif watch is None or permit.probe or self.breakers is None:
+            call = _Exchange(permit, context, receive, send, clock)
+            send = call.send
+        else:
+            call = _Forwarded(permit, context, receive, send, clock)
+            call.watch = watch
         try:
-            await self.app(scope, call.receive, call.send)
+            await self.app(scope, call.receive, send)
         except BaseException as error:
-            if not isinstance(error, Exception):  # cancelled: nobody wants the answer any more
-                call.lose_client()
+            call.failed(error)
             raise
         finally:
             call.conclude(scope)
@@ -105,18 +119,11 @@ class BreakerASGI:
 class _Exchange:
     """One HTTP request and its answer, watched as they pass, to say in the end how the service did."""
 
-    __slots__ = (
-        "_answer_complete",
-        "_client_left",
-        "_clock",
-        "_context",
-        "_permit",
-        "_receive",
-        "_request_complete",
-        "_send",
-        "_service_has_it_since",
-        "_status",
-    )
+    # Defaults on the class, not slots: a request then sets only what it comes to.
+    _request_complete = False
+    _answer_complete = False
+    _client_left = False  # before the answer was complete
+    _status = 0
 
     def __init__(
         self, permit: Permit, context: RequestContext, receive: Receive, send: Send, clock: Callable[[], float]
@@ -127,13 +134,10 @@ class _Exchange:
         self._send = send
         self._clock = clock
         self._service_has_it_since = permit.began  # infinity from when it waits for the client's body
-        self._request_complete = False
-        self._answer_complete = False
-        self._client_left = False  # before the answer was complete
-        self._status = 0
 
     async def receive(self) -> Message:
-        if not self._request_complete:
+        waits_for_body = not self._request_complete
+        if waits_for_body:
             self._service_has_it_since = inf
         try:
             message = await self._receive()
@@ -142,26 +146,34 @@ class _Exchange:
             raise
         if message["type"] in LEAVING:
             self.lose_client()
-        elif not self._request_complete and not message.get("more_body", False):
+        elif waits_for_body and not message.get("more_body"):
             self._request_complete = True
             self._service_has_it_since = self._clock()
         return message
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
+        if message["type"] in BODIES and not message.get("more_body", False):
+            # Before it is sent: then a server may at once tell a waiting `receive` that the client is gone.
+            self._answer_complete = True
+            return self._send(message)  # whatever becomes of that, the service has done its part
+        return self._send_part(message)
+
+    async def _send_part(self, message: Message) -> None:
         kind = message["type"]
         if kind in STARTS:
             self._status = message["status"]
-        elif kind in BODIES:
-            if not message.get("more_body", False):
-                # Before it is sent: then a server may at once tell a waiting `receive` that the client is gone.
-                self._answer_complete = True
-            elif message.get("body") and not is_failure(self._status):
-                self._judge_probe_early()
+        elif kind in BODIES and message.get("body") and not is_failure(self._status):
+            self._judge_probe_early()
         try:
             await self._send(message)
         except BaseException:  # not the service's doing
             self.lose_client()
             raise
+
+    def failed(self, error: BaseException) -> None:
+        """Take note of what the application raised."""
+        if not isinstance(error, Exception):  # cancelled: nobody wants the answer any more
+            self.lose_client()
 
     def lose_client(self) -> None:
         """Take note that nobody waits for the answer any more."""
@@ -175,7 +187,7 @@ class _Exchange:
             return
         now = self._clock()
         cause = context.cause or self._cause(now)
-        if cause is CLIENT_LEFT and not self._status:
+        if cause is CLIENT_LEFT and not (self._status or context.status):
             caller = context.caller or context.client_address or (scope.get("client") or ("",))[0]
             permit.finish_abandoned(now, caller=caller, waited=now - self._service_has_it_since)
         else:
@@ -190,7 +202,8 @@ class _Exchange:
 
     def _outcome(self, cause: Cause, now: float) -> Outcome:
         if cause is COMPLETED:
-            return FAILURE if is_failure(self._context.status or self._status) else SUCCESS
+            status = self._context.status or self._status
+            return FAILURE if status >= 500 and is_failure(status) else SUCCESS
         return OUTCOMES[cause]
 
     def _judge_probe_early(self) -> None:
@@ -199,21 +212,34 @@ class _Exchange:
             self._permit = self._permit.succeed_so_far(self._clock())
 
 
+class _Forwarded(_Exchange):
+    """One HTTP request to a service, whose answer the watch of an outer layer sees: it need not be looked at twice.
+
+    Where an attempt was made, the application says why the request ended, as ``ProxyApp`` does; what it raises beyond
+    that is not the service's doing.
+    """
+
+    watch: Watch
+
+    def failed(self, error: BaseException) -> None:
+        if self._context.attempts or not isinstance(error, Exception):
+            self.lose_client()
+
+    def _cause(self, now: float) -> Cause:
+        self._answer_complete = self.watch.whole
+        self._client_left = not self.watch.whole and (self._client_left or self.watch.client_left)
+        return super()._cause(now)
+
+
 class _Session(_Exchange):
     """One WebSocket. It succeeds when it is accepted, and fails when the service drops it within five seconds of that.
 
     A handshake that is denied is judged like an answer.
     """
 
-    __slots__ = ("_accepted_at", "_close_code")
-
-    def __init__(
-        self, permit: Permit, context: RequestContext, receive: Receive, send: Send, clock: Callable[[], float]
-    ) -> None:
-        super().__init__(permit, context, receive, send, clock)
-        self._request_complete = True  # a handshake has no body
-        self._accepted_at: float | None = None
-        self._close_code = 0
+    _request_complete = True  # a handshake has no body
+    _accepted_at: float | None = None
+    _close_code = 0
 
     async def send(self, message: Message) -> None:
         kind = message["type"]

@@ -1,7 +1,8 @@
 """Rate limits: each caller its tokens, every answer saying what is left, and a refusal that says when to come back."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from operator import itemgetter
 from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,6 +13,8 @@ from gateway.policies.token_bucket import CLOSED, LOCAL, NORMAL, OPEN, Decision,
 from gateway.problems import answer, answer_json
 
 Header = tuple[bytes, bytes]
+NAME = itemgetter(0)  # of a header
+Sent = Awaitable[None]
 
 OPENS_RESPONSE = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
 OURS = frozenset(
@@ -22,6 +25,11 @@ OURS = frozenset(
         for per in (b"minute", b"hour")
     }
 )
+# As applications spell them that do not mind ASGI, which has names in lower case: cheaper than to lower each name.
+SPELLINGS = OURS.union(
+    *({name.title().replace(b"Ratelimit", b"RateLimit"), name.title(), name.upper()} for name in OURS)
+)
+MOST_REMEMBERED = 1024  # sets of headers for each set of limits, about 1 KiB each
 log = logging.getLogger("gateway.rate_limit")
 
 
@@ -93,35 +101,39 @@ class RateLimitASGI:
             await self.app(scope, receive, send)
             return
 
-        context = RequestContext.of(scope)
-        client = scope.get("client")
-        who = identify(scope["headers"], client[0] if client else None, self._trusted)
-        context.caller, context.client_address = who.caller, who.address
-        if who.ignored and not self._warned:
-            self._warn(who.ignored, who.address)
-        if who.user_id_is_false:
-            passed_on = [header for header in scope["headers"] if header[0] != b"x-user-id"]
-            scope = {**scope, "headers": passed_on, KEY: context}
-        elif KEY not in scope:
+        context: RequestContext | None = scope.get(KEY)
+        if context is None:
+            context = RequestContext()
             scope = {**scope, KEY: context}
+        headers, client = scope["headers"], scope.get("client")
+        caller, address, user_id_is_false, ignored = identify(headers, client[0] if client else None, self._trusted)
+        context.caller, context.client_address = caller, address
+        if ignored and not self._warned:
+            self._warn(ignored, address)
+        if user_id_is_false:
+            scope = {**scope, "headers": [header for header in headers if header[0] != b"x-user-id"]}
 
-        plan = self._common if context.service is None else self._plans.get(context.service.name, self._common)
+        service = context.service
+        plan = self._common if service is None else self._plans.get(service.name, self._common)
         if plan.is_off:
             await self.app(scope, receive, send)
             return
 
-        cost = 0 if scope["type"] == "http" and scope["method"] == "OPTIONS" and _is_preflight(scope["headers"]) else 1
-        decision = await self.limiter.take(plan.prefix + who.caller, plan.limits, cost, plan.on_failure)
+        cost = 0 if scope.get("method") == "OPTIONS" and _is_preflight(headers) else 1
+        decision = await self.limiter.take(plan.prefix + caller, plan.limits, cost, plan.on_failure)
         fields = plan.fields(decision)
         if not decision.admitted:
             await self._refuse(scope, send, context, plan, decision, fields)
             return
 
-        async def send_counted(message: Message) -> None:
+        def send_counted(message: Message) -> Sent:
             if message["type"] in OPENS_RESPONSE:
-                theirs = [header for header in message.get("headers", ()) if header[0].lower() not in OURS]
-                message = {**message, "headers": theirs + fields}
-            await send(message)
+                headers = [*message.get("headers", ())]
+                if not SPELLINGS.isdisjoint(map(NAME, headers)):
+                    headers = [header for header in headers if header[0].lower() not in OURS]
+                headers += fields
+                message = {**message, "headers": headers}
+            return send(message)
 
         await self.app(scope, receive, send_counted)
 
@@ -146,7 +158,7 @@ class RateLimitASGI:
         context.reason = "rate_limited"
         self.exceeded(context.caller)
         if retry_after is not None:
-            fields.append((b"retry-after", b"%d" % retry_after))
+            fields = [*fields, (b"retry-after", b"%d" % retry_after)]
         await answer_json(scope, send, 429, plan.refusal(retry_after), fields)
 
     def _warn(self, ignored: bytes, peer: str) -> None:
@@ -178,13 +190,22 @@ class _Plan:
                 self._fixed.append((b"x-ratelimit-limit-" + name, b"%d" % limit.tokens))
                 policies.append(b'"%b";q=%d;w=%d' % (name, limit.tokens, limit.period_us // 1_000_000))
         self._fixed.append((b"ratelimit-policy", b", ".join(policies)))
+        self._told: dict[Decision, list[Header]] = {}
         self._refusal = (
             b'{"detail": {"error": "Rate limit exceeded", "limit_per_minute": %b, "limit_per_hour": %b, "retry_after": '
             % tuple(b"null" if limit is None else b"%d" % limit.tokens for limit in (minute, hour))
         )
 
     def fields(self, decision: Decision) -> list[Header]:
-        """The headers that tell a caller where it stands: a list of its own for each request."""
+        """The headers that tell a caller where it stands; the list is shared by all who stand alike."""
+        fields = self._told.get(decision)
+        if fields is None:
+            if len(self._told) >= MOST_REMEMBERED:
+                self._told.clear()
+            fields = self._told[decision] = self._tell(decision)
+        return fields
+
+    def _tell(self, decision: Decision) -> list[Header]:
         fields = self._fixed.copy()
         standing = b""
         if self.limits.minute is not None:

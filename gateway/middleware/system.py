@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from functools import lru_cache
 from hmac import compare_digest
 from time import time
 from typing import Any, Protocol
@@ -31,7 +30,6 @@ NEVER_FORWARDED = frozenset({"CONNECT", "TRACE"})
 FORWARDED = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 MOST_REMEMBERED = 2048  # paths and where they lead; at most 512 KiB of them
 LONGEST_REMEMBERED = 256
-Match = Callable[[bytes], Service | None]
 OPENMETRICS = b"application/openmetrics-text"
 
 
@@ -99,7 +97,8 @@ class SystemASGI:
         self.workers = workers
         self.before_metrics = before_metrics
         self.now = now
-        self._match = None if services is None else _remembering(services.match)
+        self.services = services
+        self._remembered: dict[bytes, Service] = {}  # where the paths of late led
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -110,6 +109,16 @@ class SystemASGI:
         if context is None:
             context = RequestContext()
             scope = {**scope, KEY: context}
+        service = self._remembered.get(scope.get("raw_path", b""))
+        if service is None or scope.get("method") in NEVER_FORWARDED:
+            await self._find(context, scope, receive, send)
+            return
+        context.service = service
+        context.endpoint = service.prefix
+        await self.app(scope, receive, send)
+
+    async def _find(self, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a path of the gateway's own; look up another's service, or refuse it."""
         raw_path = _raw_path(scope)
         endpoint = ENDPOINTS.get(raw_path)
         name = b""
@@ -125,9 +134,9 @@ class SystemASGI:
             message = f"{method} is not forwarded" if raw_path != b"*" else "Nothing is at '*'"
             await self._refuse(scope, send, 405, message, "method_not_allowed", (b"allow", FORWARDED.encode()))
             return
-        if self._match is not None:
+        if self.services is not None:
             try:
-                service = self._match(raw_path)
+                service = self.services.match(raw_path)
             except UnsafePathError as error:
                 await self._refuse(scope, send, 400, str(error), "unsafe_path")
                 return
@@ -136,7 +145,14 @@ class SystemASGI:
                 return
             context.service = service
             context.endpoint = service.prefix
+            self._remember(raw_path, service)
         await self.app(scope, receive, send)
+
+    def _remember(self, raw_path: bytes, service: Service) -> None:
+        if len(raw_path) <= LONGEST_REMEMBERED:  # long ones, which a stranger may make up, are not worth it
+            if len(self._remembered) >= MOST_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[raw_path] = service
 
     async def _answer(self, endpoint: str, name: str, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope.get("client")
@@ -195,16 +211,6 @@ class SystemASGI:
         context = RequestContext.of(scope)
         context.cause, context.reason = Cause.REFUSED, reason
         await answer(scope, send, status, message, headers=headers, reason=reason)
-
-
-def _remembering(match: Match) -> Match:
-    """The same, remembering where the paths of late led; long ones, which a stranger may make up, are not worth it."""
-    remembered = lru_cache(maxsize=MOST_REMEMBERED)(match)
-
-    def find(raw_path: bytes) -> Service | None:
-        return (remembered if len(raw_path) <= LONGEST_REMEMBERED else match)(raw_path)
-
-    return find
 
 
 def _raw_path(scope: Scope) -> bytes:

@@ -17,6 +17,7 @@ _MENTIONS_CALLER = frozenset({b"x-user-id", b"x-forwarded-for", b"forwarded"})
 _REMEMBERED = 8192  # answers kept per set of networks, so that a flood of addresses can't fill memory
 _PLAIN_BYTES = 64  # a longer ID is counted by its hash
 _LONGEST_USER_ID = 1024
+_LONGEST_REMEMBERED = 256  # bytes of headers
 
 
 class Networks:
@@ -62,8 +63,8 @@ class TrustedProxies:
     """
 
     def __init__(self, entries: Iterable[str] = LOCAL_PEERS) -> None:
-        self._networks = Networks(entries)
-        self.trusts = self._networks.contains
+        self.trusts = Networks(entries).contains
+        self.identities: dict[tuple[str | bytes | None, ...], Identity] = {}  # by peer and what it said: `identify`
 
     def client_address(self, peer: str | None, headers: Iterable[Header]) -> str:
         """The address of the client itself, as far as trusted proxies vouch for it.
@@ -111,18 +112,28 @@ def identify(headers: Sequence[Header], peer: str | None, trusted: TrustedProxie
     An IPv6 address counts by its /64. A user ID beyond 64 bytes, or with other than visible ASCII in it, counts by its
     SHA-256, ``user:sha256:...``; an empty one, one beyond 1,024 bytes or with control bytes is not well-formed.
     """
-    user_ids: list[bytes] = []
-    forwarding = b""
-    for name, value in headers:
-        if name in _MENTIONS_CALLER:
-            if name == b"x-user-id":
-                user_ids.append(value)
-            else:
-                forwarding = name
+    said: list[bytes] = []
+    for header in headers:
+        if header[0] in _MENTIONS_CALLER:
+            said += header
+    key = (peer, *said)
+    identity = trusted.identities.get(key)
+    if identity is None:
+        identity = _identity(headers, peer, trusted)
+        if len(b"".join(said)) <= _LONGEST_REMEMBERED:
+            if len(trusted.identities) >= _REMEMBERED:
+                trusted.identities.clear()
+            trusted.identities[key] = identity
+    return identity
 
+
+def _identity(headers: Sequence[Header], peer: str | None, trusted: TrustedProxies) -> Identity:
+    user_ids = [value for name, value in headers if name == b"x-user-id"]
+    forwarding = [name for name, _ in headers if name in _MENTIONS_CALLER and name != b"x-user-id"]
     if not trusted.trusts(peer):
         address = _canonical(peer or UNIX)
-        return Identity(_address_key(address), address, bool(user_ids), b"x-user-id" if user_ids else forwarding)
+        ignored = b"x-user-id" if user_ids else forwarding[-1] if forwarding else b""
+        return Identity(_address_key(address), address, bool(user_ids), ignored)
 
     address = trusted.client_address(peer, headers) if forwarding else _canonical(peer or UNIX)
     user = _user_key(user_ids[0]) if len(user_ids) == 1 else None  # of two, one could be the client's own

@@ -112,14 +112,14 @@ class Permit:
         finished: an outcome was given; a further one does nothing.
     """
 
-    __slots__ = ("_breaker", "_generation", "began", "finished", "probe")
+    # Defaults on the class, not slots: an ordinary call then sets only what differs.
+    probe = False
+    finished = False
 
-    def __init__(self, breaker: "CircuitBreaker", generation: int, began: float, probe: bool) -> None:
+    def __init__(self, breaker: "CircuitBreaker", generation: int, began: float) -> None:
         self._breaker = breaker
         self._generation = generation
         self.began = began
-        self.probe = probe
-        self.finished = False
 
     def finish(self, outcome: Outcome, now: float) -> None:
         """Say how the call went."""
@@ -179,13 +179,13 @@ class CircuitBreaker:
         self._alarmed_at: float | None = None  # since when a peer's alarm waits for an outcome of our own
         self._alarm_ends = 0.0
 
-        # Outcomes since the breaker last closed, oldest first: when, whether a failure, which caller gave up
-        self._window: deque[tuple[float, bool, str | None]] = deque()
+        # Outcomes since the breaker last closed, oldest first: when, whether a failure, which caller gave up. Those
+        # that are too old are there until they are asked after.
+        self._window: deque[tuple[float, bool, str | None]] = deque(maxlen=self.config.window_size)
         self._failures = 0  # in the window
         self._run = 0  # of failures, up to the newest in the window
         self._gave_up: set[str] = set()  # callers whose giving up is in the window
 
-        self._window_size = self.config.window_size
         self._memory = MEMORY * self.config.timeout
         self._lease = min(self.config.timeout, LEASE)
 
@@ -197,7 +197,7 @@ class CircuitBreaker:
             self._settle(now)
             return self._acquire_probe(now)
         self.total_calls += 1
-        return Permit(self, self._generation, now, False)
+        return Permit(self, self._generation, now)
 
     def reset(self, now: float) -> None:
         """Close it by hand and forget every outcome; what is in flight has no say any more."""
@@ -261,7 +261,8 @@ class CircuitBreaker:
         if self._state is HALF_OPEN:
             self._end_leases(now)
             if len(self._leases) < self._slots():
-                probe = Permit(self, self._generation, now, True)
+                probe = Permit(self, self._generation, now)
+                probe.probe = True
                 self._leases[probe] = now + self._lease
                 self.total_calls += 1
                 return probe
@@ -281,12 +282,15 @@ class CircuitBreaker:
             del self._leases[oldest]
 
     def _permit_for_the_rest(self, now: float) -> Permit | None:
-        return Permit(self, self._generation, now, False) if self._state is CLOSED else None
+        return Permit(self, self._generation, now) if self._state is CLOSED else None
 
     def _conclude(
         self, permit: Permit, generation: int, outcome: Outcome, now: float, caller: str | None = None
     ) -> None:
         if generation != self._generation:
+            return
+        if outcome is SUCCESS and not (self._failures or permit.probe or self._alarmed_at is not None):
+            self._window.append((now, False, None))  # beside successes alone it changes no count
             return
         if permit.probe:
             self._leases.pop(permit, None)
@@ -355,7 +359,7 @@ class CircuitBreaker:
 
     def _record(self, now: float, failed: bool, caller: str | None) -> None:
         self._forget_old(now)
-        if len(self._window) == self._window_size:
+        if len(self._window) == self._window.maxlen:
             self._forget_oldest()
         self._window.append((now, failed, caller))
         if failed:

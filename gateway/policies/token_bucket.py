@@ -1,6 +1,7 @@
 """Two token buckets a caller, in whole numbers: what is admitted, what is left, and when to come back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 MINUTE_US = 60_000_000
 HOUR_US = 3_600_000_000
@@ -33,12 +34,21 @@ class Limit:
             raise ValueError(f"a limit of {self.tokens} per {self.period_us // 1_000_000} s is not within 0 to {most}")
 
 
+# What `take` counts with, worked out once: of the minute's bucket, then of the hour's, the debt that a token is, the
+# most debt there can be, and how much of it flows back each µs. A bucket that is off has no debt and charges none.
+Figures = tuple[int, int, int, int, int, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one caller may do; None means no such bucket."""
 
     minute: Limit | None
     hour: Limit | None
+    figures: Figures = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "figures", _figures(self.minute) + _figures(self.hour))
 
     @staticmethod
     def of(per_minute: int | None, per_hour: int | None) -> "Limits":
@@ -53,8 +63,7 @@ class Limits:
         )
 
 
-@dataclass(slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What became of one request, and what its answer says of the buckets; a bucket that is off counts as 0.
 
     Attributes:
@@ -87,29 +96,27 @@ def take(state: State, limits: Limits, now_us: int, cost: int = 1) -> tuple[Stat
 
     A refusal returns the state it was given. A clock that steps back grants nothing. A cost of 0 only looks.
     """
-    debt_minute, debt_hour, last_us = state
-    elapsed = now_us - last_us
-    reached_us = now_us if elapsed > 0 else last_us
-    admitted = True
-    if limits.minute is None:
-        debt_minute = 0
-    else:
-        debt_minute = _debt_after(debt_minute, elapsed, limits.minute)
-        admitted = debt_minute + cost * limits.minute.period_us <= limits.minute.tokens * limits.minute.period_us
-    if limits.hour is None:
-        debt_hour = 0
-    else:
-        debt_hour = _debt_after(debt_hour, elapsed, limits.hour)
-        if debt_hour + cost * limits.hour.period_us > limits.hour.tokens * limits.hour.period_us:
-            admitted = False
+    debt_minute, debt_hour, reached_us = state
+    token_minute, most_minute, flow_minute, token_hour, most_hour, flow_hour = limits.figures
+    if debt_minute > most_minute:  # a limit that was larger when the debt was made
+        debt_minute = most_minute
+    if debt_hour > most_hour:
+        debt_hour = most_hour
+    elapsed = now_us - reached_us
+    if elapsed > 0:
+        reached_us = now_us
+        debt_minute -= elapsed * flow_minute
+        if debt_minute < 0:
+            debt_minute = 0
+        debt_hour -= elapsed * flow_hour
+        if debt_hour < 0:
+            debt_hour = 0
 
-    if admitted and cost:
-        if limits.minute is not None:
-            debt_minute += cost * limits.minute.period_us
-        if limits.hour is not None:
-            debt_hour += cost * limits.hour.period_us
-        state = (debt_minute, debt_hour, reached_us)
-    return state, describe(admitted, (debt_minute, debt_hour, reached_us), limits, now_us)
+    owed_minute, owed_hour = debt_minute + cost * token_minute, debt_hour + cost * token_hour
+    if owed_minute <= most_minute and owed_hour <= most_hour:
+        after = (owed_minute, owed_hour, reached_us)
+        return after if cost else state, describe(True, after, limits, now_us)
+    return state, describe(False, (debt_minute, debt_hour, reached_us), limits, now_us)
 
 
 def describe(admitted: bool, state: State, limits: Limits, now_us: int) -> Decision:
@@ -122,37 +129,21 @@ def describe(admitted: bool, state: State, limits: Limits, now_us: int) -> Decis
         now_us: Unix microseconds on the clock it was taken by.
     """
     debt_minute, debt_hour, reached_us = state
-    remaining_minute = remaining_hour = 0
-    full_minute_us = full_hour_us = reached_us
-    wait_us: int | None = 0
-    minute, hour = limits.minute, limits.hour
-    if minute is not None:
-        remaining_minute = minute.tokens + -debt_minute // minute.period_us
-        if minute.tokens:
-            full_minute_us -= -debt_minute // minute.tokens
-        if not admitted:
-            wait_us = _wait_us(debt_minute, minute)
-    if hour is not None:
-        remaining_hour = hour.tokens + -debt_hour // hour.period_us
-        if hour.tokens:
-            full_hour_us -= -debt_hour // hour.tokens
-        if not admitted and wait_us is not None:
-            wait_hour_us = _wait_us(debt_hour, hour)
-            wait_us = None if wait_hour_us is None else max(wait_us, wait_hour_us)
-    if admitted:
-        wait_us = None
-    elif wait_us is not None:
-        wait_us += reached_us - now_us  # nothing flows back before the clock is where it was
-    return Decision(
+    token_minute, most_minute, flow_minute, token_hour, most_hour, flow_hour = limits.figures
+    full_minute_us = reached_us - -debt_minute // flow_minute  # minus a floor of the negative: rounded up
+    full_hour_us = reached_us - -debt_hour // flow_hour
+    figures = (
         admitted,
-        remaining_minute,
-        remaining_hour,
+        (most_minute - debt_minute) // token_minute if token_minute else 0,
+        (most_hour - debt_hour) // token_hour if token_hour else 0,
         -(-full_minute_us // 1_000_000),
         -(-full_hour_us // 1_000_000),
         -((now_us - full_minute_us) // 1_000_000),
         -((now_us - full_hour_us) // 1_000_000),
-        wait_us,
+        None if admitted else _wait_us(state, limits, now_us),
+        NORMAL,
     )
+    return tuple.__new__(Decision, figures)  # half the time of `Decision(...)`
 
 
 def full_at_us(state: State, limits: Limits) -> int:
@@ -188,17 +179,21 @@ def rescale(state: State, limits: Limits, to: Limits, now_us: int) -> State:
     return scaled(state[0], limits.minute, to.minute), scaled(state[1], limits.hour, to.hour), now_us
 
 
-def _debt_after(debt: int, elapsed_us: int, limit: Limit) -> int:
-    """The debt left after ``elapsed_us``, negative where the clock stepped back."""
-    debt = min(debt, limit.tokens * limit.period_us)  # a limit that was larger when the debt was made
-    if elapsed_us <= 0:
-        return debt
-    return max(0, debt - min(elapsed_us, limit.period_us) * limit.tokens)
+def _figures(limit: Limit | None) -> tuple[int, int, int]:
+    if limit is None:
+        return 0, 0, 1
+    return limit.period_us, limit.tokens * limit.period_us, max(1, limit.tokens)  # of 0 tokens there is no debt either
 
 
-def _wait_us(debt: int, limit: Limit) -> int | None:
-    """Microseconds until the bucket holds a token, 0 if it does; None: it never will."""
-    excess = debt + limit.period_us - limit.tokens * limit.period_us
-    if excess <= 0:
-        return 0
-    return -(-excess // limit.tokens) if limit.tokens else None
+def _wait_us(state: State, limits: Limits, now_us: int) -> int | None:
+    """Microseconds from ``now_us`` until both buckets hold a token; None: they never will."""
+    debt_minute, debt_hour, reached_us = state
+    wait_us = 0
+    for debt, limit in ((debt_minute, limits.minute), (debt_hour, limits.hour)):
+        if limit is None:
+            continue
+        if limit.tokens == 0:
+            return None
+        excess = debt + limit.period_us - limit.tokens * limit.period_us
+        wait_us = max(wait_us, -(-excess // limit.tokens))
+    return wait_us + reached_us - now_us  # nothing flows back before the clock is where it was
