@@ -29,7 +29,7 @@ from starlette.websockets import WebSocket
 from gateway.settings import BUILT_IN, Settings
 
 TOKEN_INTERVAL = 0.05  # seconds between two tokens of a streamed answer
-FLAKY_OF, FLAKY = 20, 6  # pricing fails the last so many of so many calls
+FLAKY_OF, FLAKY = 20, 5  # pricing fails the last so many of so many calls: just enough to open its breaker
 BREAKER_TIMEOUT = 15  # seconds, rather than a minute: somebody is watching
 MOST_FILES = 4096  # open in a process; the demo has a dozen
 
@@ -111,7 +111,7 @@ class StandIn:
     """One stand-in service as an ASGI application: what it answers is plausible, and the same for the same question.
 
     ``chatbot`` streams server-sent events where the path ends in ``/stream`` or the JSON has ``"stream": true``, and
-    echoes over a WebSocket; ``pricing`` fails now and then, six calls in a row.
+    echoes over a WebSocket; ``pricing`` fails now and then, five calls in a row.
     """
 
     def __init__(self, name: str) -> None:
