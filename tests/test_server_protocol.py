@@ -635,6 +635,19 @@ async def test_a_head_or_body_of_the_applications_that_would_mislead_the_client_
     assert b"evil" not in received
 
 
+async def test_the_fields_of_an_answer_leave_in_order_repeated_or_not_with_names_in_lower_case() -> None:
+    async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = (
+            [name, value] for name, value in ((b"B", b"1"), (b"Content-Length", b"2"), (b"a", b""), (b"b", b"3"))
+        )
+        await answer(send, headers=headers)
+
+    async with serving(Application(respond)) as port:
+        for _ in range(2):  # a name is new, then known
+            received = await talk(port, b"GET / HTTP/1.0\r\n\r\n")
+            assert received.startswith(b"HTTP/1.1 200 OK\r\nb: 1\r\ncontent-length: 2\r\na: \r\nb: 3\r\n")
+
+
 async def test_the_applications_own_framing_of_the_connection_is_replaced() -> None:
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"Transfer-Encoding", b"chunked"), (b"Keep-Alive", b"timeout=1"), (b"Connection", b"Close")]
@@ -1165,6 +1178,13 @@ def test_what_is_let_in_the_reference_parser_reads_in_the_same_way(head: bytes) 
     assert ours == theirs or (request.version == "1.0" and ours[1:] == theirs)  # the authority became the Host
     if request.version == "1.1":
         assert reference.parser.should_keep_alive() == request.keep_alive
+
+
+def test_requests_with_the_same_line_share_nothing_that_can_be_changed() -> None:
+    first = read_head(b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nConnection: close", LIMITS)
+    second = read_head(b"POST /a HTTP/1.1\r\nHost: b", LIMITS)
+    assert (first.headers[0], first.length, first.keep_alive) == ((b"host", b"a"), 5, False)
+    assert (second.headers, second.length, second.keep_alive) == ([(b"host", b"b")], 0, True)
 
 
 @given(HEADS, st.data())

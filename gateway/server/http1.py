@@ -45,6 +45,9 @@ UNDERSTOOD = frozenset(
     b"x-correlation-id".split()
 )
 
+REMEMBERED = 256  # request lines, of at most so many bytes each
+QUESTION_MARK = 0x3F  # looked for as a number: `b"?" in line` raises and swallows an exception within CPython
+
 # A few names make up nearly all fields. Looked up they cost a third, and come out as the same objects each time, whose
 # hash is known: every layer that compares names gains. Strangers can't fill memory with it: only so many short ones.
 _NAMES: dict[bytes, bytes] = {}
@@ -74,6 +77,7 @@ class RequestHead:
     Attributes:
         method, raw_path, query, version: of the request line; the bytes as they were sent, ``version`` as ``"1.1"``.
         path: ``raw_path``, percent-decoded.
+        authority: what the target names as the host, where it is a whole URL.
         headers: names in lower case; without look-alikes of fields that matter.
         length: bytes of body; None for a chunked one.
         keep_alive: the client would go on after this request.
@@ -87,14 +91,14 @@ class RequestHead:
     websocket = False
     correlation_id = ""
 
-    def __init__(self, method: str, raw_path: bytes, query: bytes, version: str) -> None:
-        self.method = method
-        self.raw_path = raw_path
-        self.path = _decoded(raw_path)
-        self.query = query
-        self.version = version
+    def __init__(self, line: "RequestLine") -> None:
+        self.method, self.raw_path, self.path, self.query, self.version, self.authority = line
         self.headers: list[Header] = []
-        self.keep_alive = version == "1.1"
+        self.keep_alive = self.version == "1.1"
+
+
+RequestLine = tuple[str, bytes, str, bytes, str, bytes | None]
+"""Of a request: method, raw_path, path, query, version, authority."""
 
 
 def read_head(head: bytes, limits: EdgeLimits) -> RequestHead:
@@ -104,7 +108,7 @@ def read_head(head: bytes, limits: EdgeLimits) -> RequestHead:
         RefusedError: with 400, 405, 414, 417, 431, 501 or 505.
     """
     lines = head.split(b"\r\n")
-    request, authority = read_request_line(lines[0], limits)
+    request = read_request_line(lines[0], limits)
     if len(head) > limits.max_head_bytes:
         raise _too_large()
     if len(lines) - 1 > limits.max_fields:
@@ -124,22 +128,29 @@ def read_head(head: bytes, limits: EdgeLimits) -> RequestHead:
         name = _NAMES.get(raw_name) or field_name(raw_name)
         if name is None:
             continue
-        field = (name, value.strip(b" \t"))
+        field = (name, value.strip())  # of spaces and tabs: there is no other control character
         headers.append(field)
         if name in UNDERSTOOD:
             understood.append(field)
-    _understand(request, understood, authority)
+    _understand(request, understood)
     return request
 
 
-def read_request_line(line: bytes, limits: EdgeLimits) -> tuple[RequestHead, bytes | None]:
-    """The request that this line opens, and the authority it names where its target is a whole URL.
+def read_request_line(line: bytes, limits: EdgeLimits) -> RequestHead:
+    """The request that this line opens, still without its fields.
 
     Raises:
         RefusedError: with 400, 405, 414 or 505.
     """
-    if len(line) > limits.max_request_line_bytes:
+    size = len(line)
+    if size > limits.max_request_line_bytes:
         raise too_long_a_line()
+    if size > REMEMBERED or QUESTION_MARK in line:  # a query seldom comes back, and may be a secret
+        return RequestHead(_read_line(line))
+    return RequestHead(_remember_line(line))
+
+
+def _read_line(line: bytes) -> RequestLine:
     parts = line.split(b" ")
     if len(parts) != 3:
         raise _malformed("The request line is malformed")
@@ -155,13 +166,17 @@ def read_request_line(line: bytes, limits: EdgeLimits) -> tuple[RequestHead, byt
     if method in ("CONNECT", "TRACE") or (target == b"*" and method == "OPTIONS"):
         allow = (b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
         raise RefusedError(405, "method_not_allowed", f"{method} is not allowed here", allow)
-    if not target or len(target.translate(None, NOT_IN_TARGET)) != len(target):
+    if not target or target.translate(None, NOT_IN_TARGET) != target:
         raise _malformed("The request's target has a character in it that must be escaped")
     authority = None
-    if target[0] != 0x2F:  # "/"
+    if not target.startswith(b"/"):
         authority, target = _split_absolute(target)
     raw_path, _, query = target.partition(b"?")
-    return RequestHead(method, raw_path, query, version), authority
+    path = unquote_to_bytes(raw_path) if b"%" in raw_path else raw_path
+    return method, raw_path, path.decode("utf-8", "replace"), query, version, authority
+
+
+_remember_line = lru_cache(maxsize=REMEMBERED)(_read_line)
 
 
 def field_name(raw: bytes) -> bytes | None:
@@ -289,11 +304,11 @@ class ChunkedBody:
 _SIZE, _CHUNK, _CHUNK_END, _TRAILERS = range(4)
 
 
-def _understand(request: RequestHead, fields: list[Header], authority: bytes | None) -> None:
+def _understand(request: RequestHead, fields: list[Header]) -> None:
     """Draw from the fields that need understanding what ``request`` says of it."""
     host: bytes | None = None
     upgrade = key = websocket_version = b""
-    options: set[bytes] = set()
+    options: list[bytes] = []
     codings: list[bytes] = []
     lengths: list[bytes] = []
     for name, value in fields:
@@ -306,7 +321,7 @@ def _understand(request: RequestHead, fields: list[Header], authority: bytes | N
         elif name == b"transfer-encoding":
             codings.append(value)
         elif name == b"connection":
-            options.update(option.strip(b" \t") for option in value.lower().split(b","))
+            options += [option.strip() for option in value.lower().split(b",")]
         elif name == b"expect":
             if value.lower() != b"100-continue":
                 raise RefusedError(417, "expectation_failed", "The only expectation met here is 100-continue")
@@ -320,18 +335,20 @@ def _understand(request: RequestHead, fields: list[Header], authority: bytes | N
         elif not request.correlation_id and 0 < len(value) <= 128 and not value.translate(None, IN_ID):
             request.correlation_id = value.decode()
 
-    _settle_host(request, host, authority)
-    _settle_length(request, lengths, codings)
+    _settle_host(request, host)
+    if lengths or codings:
+        _settle_length(request, lengths, codings)
     if b"close" in options:
         request.keep_alive = False
-    if request.length == 0:
+    if request.expects_continue and request.length == 0:
         request.expects_continue = False  # there is nothing to wait with
     if upgrade == b"websocket" and b"upgrade" in options and request.method == "GET" and request.version == "1.1":
         _check_handshake(request, key, websocket_version)
         request.websocket = True
 
 
-def _settle_host(request: RequestHead, host: bytes | None, authority: bytes | None) -> None:
+def _settle_host(request: RequestHead, host: bytes | None) -> None:
+    authority = request.authority
     if host is not None and not _is_authority(host):
         raise _malformed("The request's Host field is malformed")
     if authority is None:
@@ -357,9 +374,9 @@ def _settle_length(request: RequestHead, lengths: list[bytes], codings: list[byt
         if len(codings) > 1 or codings[0].lower() != b"chunked":
             raise RefusedError(501, "transfer_encoding", "The only transfer coding understood here is chunked")
         request.length = None
-    elif lengths:
+    else:
         length = lengths[0]
-        if len(lengths) > 1 or not 0 < len(length) <= 18 or length.translate(None, DIGITS):
+        if len(lengths) > 1 or len(length) > 18 or not length.isdigit():
             raise _malformed("The request's Content-Length is malformed")
         request.length = int(length)
 
@@ -399,12 +416,6 @@ def _is_authority(host: bytes) -> bool:
         return not port or (port[0] == 0x3A and not port[1:].translate(None, DIGITS))
     name, _, port = host.partition(b":")
     return bool(name) and b"[" not in name and b"]" not in name and not port.translate(None, DIGITS)
-
-
-def _decoded(raw_path: bytes) -> str:
-    if b"%" in raw_path:
-        raw_path = unquote_to_bytes(raw_path)
-    return raw_path.decode("utf-8", "replace")
 
 
 def _malformed(message: str) -> RefusedError:

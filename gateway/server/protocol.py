@@ -23,7 +23,6 @@ from uvicorn.server import ServerState
 from gateway.policies.edge import EdgeLimits
 from gateway.problems import error_body
 from gateway.server.http1 import (
-    DIGITS,
     TOKEN,
     ChunkedBody,
     Header,
@@ -47,8 +46,9 @@ ASGI = {"version": "3.0", "spec_version": "2.3"}
 EXTENSIONS: dict[str, dict[str, Any]] = {"gateway.server": {}}  # read-only: shared by all requests
 NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER on, for no time: closing resets
 TCP_CLOSED = 7  # the kernel's TCP_CLOSE: the peer has reset the connection
-FRAMING = frozenset((b"connection: ", b"content-length: ", b"keep-alive: ", b"transfer-encoding: "))
-_FIELD_STARTS: dict[bytes, bytes] = {}  # how a field of an answer begins, by its name; bounded
+ENDLESS = float("inf")
+CR, LF, NUL = b"\r\n\0"  # numbers: `b"\r" in data` raises and swallows an exception within CPython
+CONTENT_LENGTH = b"\r\ncontent-length: "
 
 IDLE, BODY, ANSWERING, DISCARDING, LINGERING, CLOSED = range(6)
 """What a connection is doing: awaiting a head, reading a body, awaiting the answer to a whole request, reading over the
@@ -60,9 +60,29 @@ def _status_line(status: int) -> bytes:
         phrase = HTTPStatus(status).phrase
     except ValueError:
         phrase = ""
-    return f"HTTP/1.1 {status} {phrase}\r\n".encode()
+    return f"HTTP/1.1 {status} {phrase}".encode()
 
 
+class FieldStarts(dict[bytes, bytes | None]):
+    """How a field of an answer begins, with the end of the line before it, by its name; None where it is about framing.
+
+    It fills itself, up to a bound.
+
+    Raises:
+        RuntimeError: it is not a name.
+    """
+
+    def __missing__(self, name: bytes) -> bytes | None:
+        if not name or name.translate(None, TOKEN):
+            raise RuntimeError(f"{name!r} is not the name of a header")
+        lowered = name.lower()
+        start = b"\r\n%b: " % name if lowered == name else self[lowered]
+        if len(self) < 1024 and len(name) < 48:
+            self[name] = start
+        return start
+
+
+FIELD_STARTS = FieldStarts(dict.fromkeys((b"connection", b"content-length", b"keep-alive", b"transfer-encoding")))
 STATUS_LINES = {status: _status_line(status) for status in range(200, 1000)}
 
 
@@ -85,7 +105,6 @@ class Edge:
         self.connections: set[GatewayProtocol] = set()
         self.draining = False
         self.leaving = False
-        self.raw_root_path = config.root_path.encode()
         self.on_refusal: Refusal = getattr(self.app, "on_refusal", None) or _nothing
         deadlines = (limits.head_timeout, limits.body_timeout, limits.client_timeout, limits.keep_alive_timeout)
         self._interval = max(0.01, min(SWEEP_INTERVAL, *(deadline / 4 for deadline in deadlines)))
@@ -135,18 +154,17 @@ class GatewayProtocol(asyncio.Protocol):
         "chunks",
         "client",
         "config",
+        "cycle",
         "due",
         "edge",
-        "exchange",
         "loop",
         "peer_is_done",
         "reading_paused",
         "remaining",
         "requests",
-        "scheme",
+        "scope",
         "seen",
         "seen_at",
-        "server",
         "server_state",
         "state",
         "tasks",
@@ -178,7 +196,7 @@ class GatewayProtocol(asyncio.Protocol):
         self.due = 0.0  # when patience with the client ends, on the loop's clock
         self.requests = 0
         self.begun_at = 0.0  # when the latest of them came
-        self.exchange: Exchange | None = None
+        self.cycle: RequestCycle | None = None
         self.buffer: bytes | bytearray = b""  # what came of a head, or while a request was being answered
         self.remaining = 0  # bytes of the body still to come, unless it is chunked
         self.chunks: ChunkedBody | None = None
@@ -194,9 +212,24 @@ class GatewayProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self.server = get_local_addr(self.transport)
         self.client = get_remote_addr(self.transport)
-        self.scheme = "https" if is_ssl(self.transport) else "http"
+        # Copied for each request, which is far quicker than to make one; hence all keys are there.
+        self.scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": ASGI,
+            "http_version": "",
+            "server": get_local_addr(self.transport),
+            "client": self.client,
+            "scheme": "https" if is_ssl(self.transport) else "http",
+            "root_path": self.config.root_path,
+            "method": "",
+            "path": "",
+            "raw_path": b"",
+            "query_string": b"",
+            "headers": [],
+            "state": {},
+            "extensions": EXTENSIONS,
+        }
         edge = self.edge
         self.due = self.loop.time() + (GRACE if edge.leaving else edge.limits.head_timeout)
         edge.add(self)
@@ -218,11 +251,11 @@ class GatewayProtocol(asyncio.Protocol):
         if self.peer_is_done:
             return True
         self.peer_is_done = True
-        exchange = self.exchange
-        if exchange is None or self.state != ANSWERING or self.scheme == "https":
+        cycle = self.cycle
+        if cycle is None or self.state != ANSWERING or self.scope["scheme"] == "https":
             self._lose()
             return False
-        if not exchange.response_started:
+        if not cycle.response_started:
             self.loop.call_later(PROBE_AFTER, self._probe)
         elif self.loop.time() - self.begun_at > PROBE_AFTER:
             # Who half-closes on purpose does so along with the request. Others have left, and to go on costs money.
@@ -257,9 +290,9 @@ class GatewayProtocol(asyncio.Protocol):
         """Take bytes with which a request begins."""
         while data.startswith(b"\r\n"):  # some clients end a body with one too many (RFC 9112, 2.2)
             data = data[2:]
-        end = data.find(b"\r\n\r\n")
-        if end >= 0:
-            self._begin(data[:end], data[end + 4 :])
+        head, end, rest = data.partition(b"\r\n\r\n")
+        if end:
+            self._begin(head, rest)
         elif data:
             if self.requests:  # else the time runs from the connect
                 self._wait_for_client(self.edge.limits.head_timeout)
@@ -297,16 +330,32 @@ class GatewayProtocol(asyncio.Protocol):
             return
         self.requests += 1
         self.begun_at = self.loop.time()
-        self.due = float("inf")
-        scope = self._scope(request)
+        self.due = ENDLESS
+        scope = self.scope.copy()
+        scope["http_version"] = request.version
+        scope["method"] = request.method
+        scope["path"] = request.path
+        scope["raw_path"] = request.raw_path
+        scope["query_string"] = request.query
+        scope["headers"] = request.headers
+        scope["state"] = self.app_state.copy()
+        if root_path := self.config.root_path:
+            scope["path"] = root_path + request.path
+            scope["raw_path"] = root_path.encode() + request.raw_path
         if request.websocket and self.config.ws_protocol_class is not None:
             self._hand_over(scope, rest)
             return
-        self.exchange = exchange = Exchange(self, scope, request)
+        self.cycle = cycle = RequestCycle(self, scope, request)
+        cycle.task = task = self.loop.create_task(cycle.run(self.edge.app))
+        self.tasks.add(task)
         length = request.length
-        if length == 0:
+        if length == len(rest):  # all of the body has come along, or there is none
+            self.state = ANSWERING
+            cycle.feed(rest, False)
+        elif length == 0:
             self.state = ANSWERING
             self.buffer = rest
+            cycle.feed(b"", False)
         else:
             self.state = BODY
             if length is None:
@@ -314,28 +363,8 @@ class GatewayProtocol(asyncio.Protocol):
             else:
                 self.chunks = None
                 self.remaining = length
-        exchange.task = task = self.loop.create_task(exchange.run(self.edge.app))
-        self.tasks.add(task)
-        if rest and length != 0:
-            self._read_body(rest)
-
-    def _scope(self, request: RequestHead) -> Scope:
-        return {
-            "type": "http",
-            "asgi": ASGI,
-            "http_version": request.version,
-            "server": self.server,
-            "client": self.client,
-            "scheme": self.scheme,
-            "root_path": self.config.root_path,
-            "method": request.method,
-            "path": self.config.root_path + request.path,
-            "raw_path": self.edge.raw_root_path + request.raw_path,
-            "query_string": request.query,
-            "headers": request.headers,
-            "state": self.app_state.copy(),
-            "extensions": EXTENSIONS,
-        }
+            if rest:
+                self._read_body(rest)
 
     def _read_body(self, data: bytes) -> None:
         rest: bytes | None = None
@@ -358,17 +387,17 @@ class GatewayProtocol(asyncio.Protocol):
         if rest is not None:
             self.state = ANSWERING
             self.buffer = rest
-        if (exchange := self.exchange) is not None:
-            exchange.feed(data, rest is None)
+        if (cycle := self.cycle) is not None:
+            cycle.feed(data, rest is None)
 
     def is_nearly_read(self) -> bool:
         """The rest of the request's body is none or so little that it may be read over for the next request's sake."""
         return self.state == ANSWERING or (self.state == BODY and self.chunks is None and self.remaining <= WINDOW)
 
     def answered(self, keep_alive: bool) -> None:
-        """The exchange's answer has been written: on to the next request, if there may be one."""
+        """The request's answer has been written: on to the next request, if there may be one."""
         self.server_state.total_requests += 1
-        self.exchange = None
+        self.cycle = None
         if self.state == CLOSED:
             return
         if keep_alive and self.state == ANSWERING:
@@ -384,16 +413,18 @@ class GatewayProtocol(asyncio.Protocol):
 
     def _next(self) -> None:
         self.state = IDLE
-        self.resume_reading()
+        if self.reading_paused:
+            self.resume_reading()
         if self.buffer:
             data, self.buffer = bytes(self.buffer), b""
             self._wait_for_client(self.edge.limits.head_timeout)
             self._read_head(data)
-        if self.state == IDLE:
-            if self.peer_is_done:
-                self.close()
-            elif not self.buffer:
-                self._wait_for_client(self.edge.limits.keep_alive_timeout)
+            if self.state != IDLE:
+                return
+        if self.peer_is_done:
+            self.close()
+        elif not self.buffer:
+            self._wait_for_client(self.edge.limits.keep_alive_timeout)
 
     def _hand_over(self, scope: Scope, rest: bytes) -> None:
         """Let the WebSocket have the connection."""
@@ -426,13 +457,13 @@ class GatewayProtocol(asyncio.Protocol):
 
     def _refuse(self, refusal: RefusedError) -> None:
         """Answer what comes from the client with an error, once and for all; cut an answer that has begun."""
-        exchange, self.exchange = self.exchange, None
+        cycle, self.cycle = self.cycle, None
         correlation_id = ""
         started = False
-        if exchange is not None:
-            correlation_id = exchange.correlation_id
-            started = exchange.response_started
-            exchange.disconnect()
+        if cycle is not None:
+            correlation_id = cycle.correlation_id
+            started = cycle.response_started
+            cycle.disconnect()
         if started:
             self.close()
         else:
@@ -446,7 +477,7 @@ class GatewayProtocol(asyncio.Protocol):
         body = error_body(status, message, correlation_id, **fields)
         more = b"" if header is None else b"%b: %b\r\n" % header
         self.write(
-            b"%bcontent-type: application/json\r\ncontent-length: %d\r\nx-correlation-id: %b\r\n%b%b\r\n%b"
+            b"%b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nx-correlation-id: %b\r\n%b%b\r\n%b"
             % (STATUS_LINES[status], len(body), correlation_id.encode(), more, b"connection: close\r\n", body)
         )
 
@@ -466,8 +497,8 @@ class GatewayProtocol(asyncio.Protocol):
         if not unsent or left != self.seen:
             self.seen, self.seen_at = left, now
         elif now - self.seen_at > self.edge.limits.client_timeout:
-            if self.exchange is not None:
-                self.exchange.disconnect("client_too_slow")
+            if self.cycle is not None:
+                self.cycle.disconnect("client_too_slow")
             self._abort()
 
     def _overdue(self) -> None:
@@ -475,12 +506,12 @@ class GatewayProtocol(asyncio.Protocol):
             self.close()
         elif self.state == IDLE:
             self._refuse(RefusedError(408, "head_timeout", "The request's header took too long to come"))
-        elif self.state == BODY and (exchange := self.exchange) is not None:
-            if exchange.is_waiting and not exchange.response_started:
-                exchange.disconnect("client_too_slow")
+        elif self.state == BODY and (cycle := self.cycle) is not None:
+            if cycle.is_waiting and not cycle.response_started:
+                cycle.disconnect("client_too_slow")
                 self._refuse(RefusedError(408, "body_timeout", "The request's body stopped coming"))
             else:
-                self.due = float("inf")
+                self.due = ENDLESS
         elif self.state != CLOSED:
             self.close()
 
@@ -491,13 +522,13 @@ class GatewayProtocol(asyncio.Protocol):
     def close(self) -> None:
         """Close once what was written has been sent."""
         self.state = CLOSED
-        self.due = float("inf")
+        self.due = ENDLESS
         self.transport.close()
 
     def _abort(self) -> None:
         """Close by a reset, which also frees what the kernel still holds for a client that does not read."""
         self.state = CLOSED
-        self.due = float("inf")
+        self.due = ENDLESS
         connection: socket.socket | None = self.transport.get_extra_info("socket")
         if connection is not None:
             with suppress(OSError):
@@ -531,11 +562,11 @@ class GatewayProtocol(asyncio.Protocol):
     def _lose(self) -> None:
         """The client is gone."""
         self.state = CLOSED
-        self.due = float("inf")
+        self.due = ENDLESS
         self.buffer = b""
-        exchange, self.exchange = self.exchange, None
-        if exchange is not None:
-            exchange.disconnect()
+        cycle, self.cycle = self.cycle, None
+        if cycle is not None:
+            cycle.disconnect()
         self.resume_writing()
 
     def _forget(self) -> None:
@@ -547,9 +578,9 @@ class GatewayProtocol(asyncio.Protocol):
 
         Only data is answered so, and an interim response is the only data that may go before the answer.
         """
-        exchange = self.exchange
-        if self.state == ANSWERING and exchange is not None and not exchange.response_started:
-            if exchange.scope["http_version"] == "1.1":
+        cycle = self.cycle
+        if self.state == ANSWERING and cycle is not None and not cycle.response_started:
+            if cycle.scope["http_version"] == "1.1":
                 self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.loop.call_later(PROBE_AFTER / 4, self._look_again)
 
@@ -576,34 +607,57 @@ class GatewayProtocol(asyncio.Protocol):
             self.transport.resume_reading()
 
 
-class Exchange:
+class RequestCycle:
     """One request and its answer: the ``receive`` and ``send`` that the application is called with."""
 
-    task: asyncio.Task[None] | None = None
-    disconnected = False
-    disconnect_reason = ""
-    # Of the request's body: what was received and not yet asked for
-    _body_size = 0
-    _body_delivered = False
-    # Of the answer
-    _head: list[bytes] | None = None
-    _has_body = True
-    _expected: int | None = None  # bytes of body still to come; None: until it ends
-    _chunked = False
-    _closes = False  # its end is the connection's: only a reset can say that it is not whole
-    response_started = False
-    response_complete = False
+    __slots__ = (
+        "_body",
+        "_body_is_due",
+        "_body_size",
+        "_chunked",
+        "_closes",
+        "_comes_next",
+        "_connection",
+        "_continue_is_due",
+        "_expected",
+        "_has_body",
+        "_head",
+        "_keep_alive",
+        "_more_body",
+        "_waiters",
+        "correlation_id",
+        "disconnect_reason",
+        "disconnected",
+        "response_complete",
+        "response_started",
+        "scope",
+        "task",
+    )
 
     def __init__(self, connection: GatewayProtocol, scope: Scope, request: RequestHead) -> None:
         self._connection = connection
         self.scope = scope
         self.correlation_id = request.correlation_id
+        self.task: asyncio.Task[None] | None = None
+        self.disconnected = False
+        self.disconnect_reason = ""
         self._waiters: list[asyncio.Future[None]] = []
+        # Of the request's body: what was received and not yet asked for
         self._body: list[bytes] = []
-        self._more_body = request.length != 0
+        self._body_size = 0  # without the last piece
+        self._more_body = True
+        self._body_is_due = False  # the application is owed a message: there is a piece, or the end
         self._continue_is_due = request.expects_continue
-        self._is_head_request = request.method == "HEAD"
+        # Of the answer
+        self._comes_next = "http.response.start"  # the message that the application may send; empty after the last
+        self._head = b""  # until it leaves with the first piece of the body
+        self._has_body = request.method != "HEAD"
+        self._expected: int | None = None  # bytes of body still to come; None: until it ends
+        self._chunked = False
+        self._closes = False  # its end is the connection's: only a reset can say that it is not whole
         self._keep_alive = request.keep_alive
+        self.response_started = False
+        self.response_complete = False
 
     async def run(self, app: ASGIApp) -> None:
         """Let the application answer; what it fails to do, do for it."""
@@ -614,7 +668,7 @@ class Exchange:
             self._give_up(503, "The gateway is shutting down", (b"retry-after", b"1"))
             raise
         except ConnectionAbortedError:
-            if self._head is None and not self.response_started:
+            if self._comes_next == "http.response.start":
                 logger.exception("The application failed at %s", self._path)
                 self._give_up(500, "An unexpected error occurred")
             else:
@@ -661,14 +715,18 @@ class Exchange:
 
     def feed(self, data: bytes, more_body: bool) -> None:
         """Take a piece of the request's body off the connection."""
-        self._more_body = more_body
         if data:
             self._body.append(data)
+            self._body_is_due = True
+        if more_body:
             self._body_size += len(data)
             if self._body_size > WINDOW:
                 self._connection.pause_reading()
+        else:
+            self._more_body = False
+            self._body_is_due = True
         if self._waiters:
-            self._connection.due = float("inf")
+            self._connection.due = ENDLESS
             _wake(self._waiters)
 
     def disconnect(self, reason: str = "") -> None:
@@ -687,14 +745,14 @@ class Exchange:
             self._continue_is_due = False
             if not self.response_started:
                 connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while not self.disconnected and not self.response_complete:
-            if self._body or not (self._more_body or self._body_delivered):
-                pieces = self._body
-                body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        while not (self.disconnected or self.response_complete):
+            if self._body_is_due:
+                body = b"".join(self._body)
                 self._body = []
-                self._body_size = 0
-                self._body_delivered = not self._more_body
-                connection.resume_reading()
+                self._body_is_due = False
+                if self._body_size:
+                    self._body_size = 0
+                    connection.resume_reading()
                 return {"type": "http.request", "body": body, "more_body": self._more_body}
             if self._more_body:
                 connection.wait_for_body()
@@ -717,98 +775,94 @@ class Exchange:
         if self.disconnected:
             return
         kind = message["type"]
-        if kind == "http.response.body":
-            if self.response_complete or (self._head is None and not self.response_started):
-                raise RuntimeError(f"{kind} can't come now")
-            self._write_body(message.get("body", b""), message.get("more_body", False))
-        elif kind == "http.response.start" and self._head is None and not self.response_started:
-            self._take_head(message["status"], message.get("headers", ()))
-        else:
+        if kind != self._comes_next:
             raise RuntimeError(f"{kind} can't come now")
+        if kind == "http.response.start":
+            self._take_head(message["status"], message.get("headers", ()))
+            self._comes_next = "http.response.body"
+        else:
+            self._write_body(message.get("body", b""), message.get("more_body", False))
 
     def _take_head(self, status: int, headers: Iterable[Iterable[bytes]]) -> None:
         """Check the head and keep it."""
         if status not in STATUS_LINES:
             raise RuntimeError(f"{status} is not the status of an answer")
-        head = [STATUS_LINES[status]]
-        lines = 1
+        starts = FIELD_STARTS
+        pieces = [STATUS_LINES[status]]
+        append = pieces.append
         for name, value in headers:
-            start = _FIELD_STARTS.get(name) or _field_start(name)
-            if start in FRAMING:
-                if start == b"content-length: ":
-                    if self._expected is not None or not value or value.translate(None, DIGITS):
-                        raise RuntimeError("The answer's Content-Length is malformed")
-                    self._expected = int(value)
-                else:  # the connection is the server's
-                    if start == b"connection: " and b"close" in value.lower():
-                        self._keep_alive = False
+            start = starts[name]
+            if start is None:
+                if not self._take_framing(name.lower(), value):
                     continue
-            head += (start, value, b"\r\n")
-            lines += 1
-        joined = b"".join(head)
-        if joined.count(b"\n") != lines or joined.count(b"\r") != lines or b"\0" in joined:
+                start = CONTENT_LENGTH
+            append(start)
+            append(value)
+        values = b"".join(pieces[2::2])
+        if CR in values or LF in values or NUL in values:
             raise RuntimeError("A header of the answer has a line end or a NUL in it")
-        self._has_body = not (self._is_head_request or status == 204 or status == 304)
-        self._head = [joined]
+        if status == 204 or status == 304:
+            self._has_body = False
+        self._head = b"".join(pieces)
 
-    def _frame(self, body: bytes, more_body: bool) -> list[bytes]:
-        """The head as it goes out, now that it is known whether the body is whole."""
-        head = cast("list[bytes]", self._head)
-        self._head = None
-        connection = self._connection
-        if self._has_body and self._expected is None:
-            if not more_body:
-                self._expected = len(body)
-                head.append(b"content-length: %d\r\n" % len(body))
-            elif self.scope["http_version"] == "1.1":
-                self._chunked = True
-                head.append(b"transfer-encoding: chunked\r\n")
-            else:
-                self._closes = True
-        if connection.edge.draining or self._continue_is_due or not connection.is_nearly_read():
+    def _take_framing(self, name: bytes, value: bytes) -> bool:
+        """Note what a field says of the framing; return whether it is sent (the connection is the server's)."""
+        if name == b"content-length":
+            if self._expected is not None or not value.isdigit():
+                raise RuntimeError("The answer's Content-Length is malformed")
+            self._expected = int(value)
+            return True
+        if name == b"connection" and b"close" in value.lower():
             self._keep_alive = False
-        if not self._keep_alive:
-            head.append(b"connection: close\r\n")
-        head.append(b"\r\n")
-        self.response_started = True
-        self._continue_is_due = False
-        return head
+        return False
 
     def _write_body(self, body: bytes, more_body: bool) -> None:
         size = len(body)
         if not self._has_body:
             body, size = b"", 0
-        elif (expected := self._expected) is not None and (size > expected or (size < expected and not more_body)):
-            raise RuntimeError("The answer's body is not as long as its Content-Length")
-        pieces = [] if self.response_started else self._frame(body, more_body)
+        elif (expected := self._expected) is not None:
+            if size > expected or (size < expected and not more_body):
+                raise RuntimeError("The answer's body is not as long as its Content-Length")
+            self._expected = expected - size
+        before = b"" if self.response_started else self._frame(size, more_body)
+        after = b""
         if self._chunked:
             if size:
-                pieces += (b"%x\r\n" % size, body, b"\r\n")
+                before += b"%x\r\n" % size
+                after = b"\r\n"
             if not more_body:
-                pieces.append(b"0\r\n\r\n")
-        elif size:
-            pieces.append(body)
-            if self._expected is not None:
-                self._expected -= size
+                after += b"0\r\n\r\n"
         connection = self._connection
         if size > SMALL:
-            connection.write_all(pieces)
-        elif pieces:
-            connection.write(b"".join(pieces))
+            connection.write_all([piece for piece in (before, body, after) if piece])
+        elif data := before + body + after:
+            connection.write(data)
         if not more_body:
             self.response_complete = True
+            self._comes_next = ""
             if self._waiters:
                 _wake(self._waiters)
             connection.answered(self._keep_alive)
 
-
-def _field_start(name: bytes) -> bytes:
-    if not name or name.translate(None, TOKEN):
-        raise RuntimeError(f"{name!r} is not the name of a header")
-    start = name.lower() + b": "
-    if len(_FIELD_STARTS) < 1024:
-        _FIELD_STARTS[name] = start
-    return start
+    def _frame(self, size: int, more_body: bool) -> bytes:
+        """The head as it goes out, now that it is known whether the first piece of the body, so long, is the last."""
+        head = self._head
+        connection = self._connection
+        if self._has_body and self._expected is None:
+            if not more_body:
+                head += b"%b%d" % (CONTENT_LENGTH, size)
+            elif self.scope["http_version"] == "1.1":
+                self._chunked = True
+                head += b"\r\ntransfer-encoding: chunked"
+            else:
+                self._closes = True
+        if connection.edge.draining or self._continue_is_due or not connection.is_nearly_read():
+            self._keep_alive = False
+        if not self._keep_alive:
+            head += b"\r\nconnection: close"
+        self.response_started = True
+        self._continue_is_due = False
+        return head + b"\r\n\r\n"
 
 
 async def _wait(loop: asyncio.AbstractEventLoop, waiters: list[asyncio.Future[None]]) -> None:
