@@ -60,7 +60,10 @@ class Watch:
             context = RequestContext()
             context.started = clock()
         watch = Watch(context, receive, send, clock)
-        return watch, {**scope, KEY: context, WATCH: watch}, watch.receive, watch.send
+        scope = dict(scope)
+        scope[KEY] = context
+        scope[WATCH] = watch
+        return watch, scope, watch.receive, watch.send
 
     async def receive(self) -> Message:
         message = await self._receive()

@@ -10,6 +10,7 @@ from gateway.context import KEY, RequestContext
 
 SAFE = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")  # in a header, a log line, a URL
 NAME = itemgetter(0)  # of a header
+Sent = Awaitable[None]  # subscribed once, not at every request
 OPENS_RESPONSE = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
 
 
@@ -62,7 +63,7 @@ class CorrelationASGI:
             context = RequestContext()
         context.correlation_id = chosen.decode()
 
-        def send_named(message: Message) -> Awaitable[None]:
+        def send_named(message: Message) -> Sent:
             if message["type"] in OPENS_RESPONSE:
                 fields = [*message.get("headers", ())]
                 if header in map(NAME, fields):
@@ -72,4 +73,7 @@ class CorrelationASGI:
             return send(message)
 
         # A copy: outer layers keep the request they were given (ASGI specification, "Middleware").
-        await self.app({**scope, "headers": [*headers, named], KEY: context}, receive, send_named)
+        scope = dict(scope)
+        scope["headers"] = [*headers, named]
+        scope[KEY] = context
+        await self.app(scope, receive, send_named)

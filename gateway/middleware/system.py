@@ -30,6 +30,7 @@ NEVER_FORWARDED = frozenset({"CONNECT", "TRACE"})
 FORWARDED = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 MOST_REMEMBERED = 2048  # paths and where they lead; at most 512 KiB of them
 LONGEST_REMEMBERED = 256
+QUESTION_MARK = ord("?")  # a search for a byte by its number is many times faster than by a string of one
 OPENMETRICS = b"application/openmetrics-text"
 
 
@@ -218,7 +219,7 @@ def _raw_path(scope: Scope) -> bytes:
     raw: bytes | None = scope.get("raw_path")
     if raw is None:
         return quote(scope["path"], safe="/:@!$&'()*+,;=~", errors="surrogatepass").encode()
-    return raw.partition(b"?")[0] if b"?" in raw else raw
+    return raw.partition(b"?")[0] if QUESTION_MARK in raw else raw
 
 
 def _bears(scope: Scope, token: bytes) -> bool:

@@ -44,6 +44,7 @@ SHADOWED = NOT_COPIED | {b"x-user-id", b"x-correlation-id", b"authorization", b"
 
 
 FORWARDING = frozenset(name for name in OURS if name.startswith(b"x-forwarded")) | {b"forwarded", b"via", b"x-real-ip"}
+UNDERSCORE = ord("_")  # a search for a byte by its number is many times faster than by a string of one
 SAID_BY_US = frozenset({b"", b"close", b"keep-alive", b"x-correlation-id", b"x-user-id"})
 ALONE = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})  # what Connection mostly says: it names no field
 
@@ -66,7 +67,7 @@ class RequestFields:
             by_name = _joined(headers)
         dropped: Container[bytes] = NOT_COPIED
         connection = by_name.get(b"connection")
-        if (connection is not None and connection not in ALONE) or b"_" in b"".join(by_name):
+        if (connection is not None and connection not in ALONE) or UNDERSCORE in b"".join(by_name):
             shadowing = {name for name in by_name if b"_" in name and name.replace(b"_", b"-") in SHADOWED}
             dropped = NOT_COPIED | connection_named(connection or b"") | shadowing
         lines = [b": ".join(header) for header in headers if header[0] not in dropped]
