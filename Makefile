@@ -43,9 +43,9 @@ format: .venv/.dev ## put the code into our form
 	@$(BIN)/python -m ruff check --fix --select I .
 	@$(BIN)/python -m ruff format .
 
-bench: .venv/.dev redis ## the benchmark against peers on this machine
-	@test -f bench/run.py || { echo "bench/run.py is not there yet" >&2; exit 1; }
-	@$(BIN)/python bench/run.py $(ARGS)
+bench: .venv/.dev ## what a request costs in this process: microseconds by layer, instructions by module
+	@$(BIN)/python -m bench.layers
+	@$(BIN)/python -m bench.instructions $(ARGS)
 
 lock: .venv/.run ## compile requirements/*.txt from pyproject.toml; UPGRADE=1 takes the newest versions
 	@$(BIN)/python -c 'import uv' 2>/dev/null || $(BIN)/python -m pip install --quiet 'uv>=0.9'
