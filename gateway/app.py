@@ -160,12 +160,16 @@ class Gateway:
         """End what still streams: with an ``error`` event where that is possible."""
         self.proxy.cut()
 
-    def on_refusal(self, peer: str, status: int, reason: str) -> None:
+    def on_refusal(
+        self, peer: str, status: int, reason: str, correlation_id: str = "", method: str = "", path: str = ""
+    ) -> None:
         """Log and count a request that the server refused before it was one."""
         process_metrics().unparsed(status)
         line = event_line if self.settings.log_json else event_text
         if self.settings.log_level in ("TRACE", "DEBUG", "INFO"):
-            fields = {"status_code": status, "client": peer, "reason": reason}
+            known = {"correlation_id": correlation_id, "method": method, "path": path}
+            fields: dict[str, object] = {name: value for name, value in known.items() if value}
+            fields |= {"status_code": status, "client": peer, "reason": reason}
             self.sink.write(line(time(), "INFO", "Request refused", fields=fields))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:

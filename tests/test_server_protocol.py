@@ -16,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope, Send
 
+from gateway.context import RequestContext
+from gateway.middleware.correlation import CorrelationASGI
 from gateway.policies.edge import EdgeLimits
 from gateway.server.http1 import METHODS, ChunkedBody, RefusedError, RequestHead, read_head, refuse_early
 from gateway.server.protocol import TCP_CLOSED
@@ -42,6 +44,7 @@ class Application:
         self.handler = handler
         self.scopes: list[Scope] = []
         self.refusals: list[tuple[int, str]] = []
+        self.known: list[tuple[str, str, str]] = []
         self.left: list[Message] = []
         self.events: asyncio.Queue[str] = asyncio.Queue()
 
@@ -59,9 +62,12 @@ class Application:
         finally:
             self.events.put_nowait("ended")
 
-    def on_refusal(self, peer: str, status: int, reason: str) -> None:
+    def on_refusal(
+        self, peer: str, status: int, reason: str, correlation_id: str = "", method: str = "", path: str = ""
+    ) -> None:
         assert peer == "127.0.0.1"
         self.refusals.append((status, reason))
+        self.known.append((correlation_id, method, path))
 
 
 @asynccontextmanager
@@ -310,6 +316,71 @@ async def test_a_refusal_bears_the_correlation_id_that_was_sent_if_the_request_w
     assert (status, headers[b"x-correlation-id"]) == (400, b"abc-1")
 
 
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        b"POST /a%2Fb?secret=1 HTTP/1.1\r\nHost: a\r\nX-Correlation-ID: abc-1\r\nContent-Length: +5\r\n\r\nhello",
+        b"POST /a%2Fb HTTP/1.1\r\nX-CORRELATION-ID:abc-1\t\r\n\r\n",
+        b"POST /a%2Fb HTTP/1.1\r\nHost: a\r\nX-Correlation-ID: abc-1\r\nno colon\r\n\r\n",
+        b"POST /a%2Fb?secret=1 HTTP/1.1\r\nX-Correlation-ID: abc-1\r\nX: \0",
+    ],
+)
+async def test_a_refused_head_keeps_its_correlation_id_and_is_told_of_by_it(request_head: bytes) -> None:
+    app = Application(say_ok)
+    async with serving(app) as port:
+        status, headers, body = parse(await talk(port, request_head))
+    assert (status, headers[b"x-correlation-id"]) == (400, b"abc-1")
+    assert orjson.loads(body)["error"]["correlation_id"] == "abc-1"
+    assert app.known == [("abc-1", "POST", "/a%2Fb")]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"X-Correlation-ID: a b\r\nContent-Length: +5\r\n\r\n",
+        b"X-Correlation-ID: one\r\nX-Correlation-ID: two\r\nContent-Length: +5\r\n\r\n",
+        b"X: \0\r\nX-Correlation-ID: hal",
+    ],
+)
+async def test_a_refused_head_with_no_sound_correlation_id_is_given_one(fields: bytes) -> None:
+    app = Application(say_ok)
+    async with serving(app) as port:
+        _, headers, _ = parse(await talk(port, b"GET http://user:secret@a/?b HTTP/1.1\r\nHost: a\r\n" + fields))
+    ((correlation_id, method, path),) = app.known
+    assert headers[b"x-correlation-id"].decode() == correlation_id
+    assert (len(correlation_id), method, path) == (32, "GET", "")
+
+
+async def test_what_is_not_http_at_all_is_told_of_without_method_and_path() -> None:
+    app = Application(say_ok)
+    async with serving(app) as port:
+        await talk(port, b"EHLO mail.example.com\r\n")
+    ((correlation_id, method, path),) = app.known
+    assert (len(correlation_id), method, path) == (32, "", "")
+
+
+@pytest.mark.parametrize("body", [b"5\r\nhellox", b"5\r\nhel"], ids=["bad chunk", "body timeout"])
+async def test_a_body_refused_while_its_request_runs_is_answered_with_the_id_the_application_gave_it(
+    body: bytes,
+) -> None:
+    seen: asyncio.Queue[Message] = asyncio.Queue()
+
+    async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
+        while (message := await receive())["type"] != "http.disconnect":
+            pass
+        seen.put_nowait({**message, "id": RequestContext.of(scope).correlation_id})
+
+    app = Application(CorrelationASGI(read_all))
+    async with serving(app, body_timeout=0.05, discard_timeout=0.05) as port:
+        request = b"POST / HTTP/1.1\r\nHost: a\r\nX-Correlation-ID: a b\r\nTransfer-Encoding: chunked\r\n\r\n"
+        status, headers, _ = parse(await talk(port, request + body))
+        message = await seen.get()
+    assert message["id"] == headers[b"x-correlation-id"].decode()
+    assert message["status"] == status
+    assert message["reason"] == ("bad_body" if status == 400 else "client_too_slow")
+    assert app.refusals == []
+
+
 async def test_nothing_behind_a_refused_head_is_read() -> None:
     app = Application(say_ok)
     async with serving(app) as port:
@@ -410,7 +481,7 @@ async def test_unsound_chunks_are_refused(body: bytes) -> None:
         request = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
         for pieces in ([request + body], [request, *(body[at : at + 1] for at in range(len(body)))]):
             assert parse(await talk(port, *pieces))[0] == 400
-    assert app.refusals == [(400, "malformed")] * 2
+    assert app.refusals == []  # the application had the request, and tells of it
 
 
 async def test_chunks_that_turn_unsound_while_the_answer_runs_cut_it_without_a_second_status_line() -> None:
@@ -816,7 +887,7 @@ async def test_a_body_that_stops_coming_is_408() -> None:
             b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel",
         ):
             assert parse(await talk(port, request))[0] == 408
-    assert app.refusals == [(408, "body_timeout")] * 2
+    assert app.refusals == []  # the application had the request, and tells of it
 
 
 async def test_a_body_that_nobody_waits_for_may_take_its_time() -> None:
@@ -1083,6 +1154,103 @@ async def test_a_refused_websocket_gets_the_answer_that_the_application_sends() 
     assert caught.value.response.status_code == 429
     assert caught.value.response.body == b"no"
     assert caught.value.response.headers["x-odd"] == "1"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"Sec-WebSocket-Protocol: a b",
+        b"Sec-WebSocket-Protocol: \xc3\xa9",
+        b"Sec-WebSocket-Extensions: ;;;=",
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+        b"Sec-WebSocket-Version: 13",
+        b"Connection: a b",
+        b"Upgrade: websocket",
+    ],
+)
+async def test_a_malformed_handshake_is_refused_in_the_error_form(
+    line: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = Application(echo_messages)
+    async with serving(app) as port:
+        answer = await talk(port, HANDSHAKE[:-2] + b"X-Correlation-ID: abc-1\r\n" + line + b"\r\n\r\n")
+    status, headers, body = parse(answer)
+    assert (status, headers[b"x-correlation-id"]) == (400, b"abc-1")
+    assert orjson.loads(body)["error"]["correlation_id"] == "abc-1"
+    assert app.known == [("abc-1", "GET", "/")]
+    assert (app.scopes, caplog.records) == ([], [])
+
+
+@pytest.mark.parametrize("target", [b"/\xc3\xa9", b"/?\xff"])
+async def test_a_handshake_with_bytes_beyond_ascii_in_its_target_is_refused_in_the_error_form(
+    target: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = Application(echo_messages)
+    async with serving(app) as port:
+        status, headers, body = parse(await talk(port, HANDSHAKE.replace(b"GET /", b"GET " + target)))
+    assert status == 400
+    assert orjson.loads(body)["error"]["correlation_id"] == headers[b"x-correlation-id"].decode()
+    assert app.refusals == [(400, "malformed")]
+    assert (app.scopes, caplog.records) == ([], [])
+
+
+async def accept_and_leave(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "websocket.accept"})
+
+
+async def close_at_once(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "websocket.close"})
+
+
+async def deny(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "websocket.http.response.start", "status": 404, "headers": []})
+    await send({"type": "websocket.http.response.body", "body": b"n", "more_body": True})
+    await send({"type": "websocket.http.response.body", "body": b"o"})
+
+
+@pytest.mark.parametrize("handler", [accept_and_leave, close_at_once, deny])
+async def test_strangers_cannot_fill_the_log_with_handshakes(
+    handler: Handler, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(Application(handler)) as port:
+        caplog.set_level(logging.INFO)
+        caplog.set_level(logging.INFO, "uvicorn.error")
+        answer = await talk(port, HANDSHAKE.replace(b"GET /", b"GET /?secret=1") + b"\x81\x82\x00\x00\x00\x00hi")
+        told = [record.getMessage() for record in caplog.records]
+    assert answer.startswith(b"HTTP/1.1 ")
+    assert told == []
+
+
+async def test_a_denial_that_does_not_end_is_still_an_error_of_the_application(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def begin_to_deny(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "websocket.http.response.start", "status": 404, "headers": []})
+
+    async with serving(Application(begin_to_deny)) as port:
+        await talk(port, HANDSHAKE)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+async def test_what_comes_along_with_a_handshake_that_had_to_wait_is_bounded_too() -> None:
+    go_on = asyncio.Event()
+
+    async def wait(scope: Scope, receive: Receive, send: Send) -> None:
+        await go_on.wait()
+        await (say_ok if scope["type"] == "http" else accept_and_leave)(scope, receive, send)
+        go_on.clear()
+
+    app = Application(wait)
+    async with serving(app) as port, connection(port) as (reader, writer), asyncio.timeout(10):
+        writer.write(GET)
+        assert await app.events.get() == "begun"
+        writer.write(HANDSHAKE + b"\x81\x82\x00\x00\x00\x00hi" * 2_000_000)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(writer.drain(), 0.09)
+        go_on.set()
+        assert (await read_answer(reader))[2] == b"ok"
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(writer.drain(), 0.09)
 
 
 async def test_websockets_that_outlast_the_drain_are_closed_with_1012() -> None:

@@ -4,6 +4,7 @@ Bytes in, facts out: nothing here waits, writes or knows a connection.
 """
 
 import binascii
+from collections.abc import Iterable
 from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
@@ -11,6 +12,7 @@ from gateway.policies.edge import EdgeLimits
 
 Header = tuple[bytes, bytes]
 
+LONGEST_PATH = 512  # characters told of a refused one; they may take six times as much in a line of at most 4,096
 MAX_CHUNK_OVERHEAD = 4096  # bytes of chunk extensions and trailers in one body ...
 ALLOWED_PER_CHUNK = 16  # ... beyond so many for each chunk
 
@@ -41,8 +43,7 @@ SHADOWED = frozenset(
     b"x-request-timeout-ms x-user-id".split()
 )
 UNDERSTOOD = frozenset(
-    b"connection content-length expect host sec-websocket-key sec-websocket-version transfer-encoding upgrade "
-    b"x-correlation-id".split()
+    b"connection content-length expect host sec-websocket-key sec-websocket-version transfer-encoding upgrade".split()
 )
 
 REMEMBERED = 256  # request lines, of at most so many bytes each
@@ -83,13 +84,11 @@ class RequestHead:
         keep_alive: the client would go on after this request.
         expects_continue: it waits for a 100 before it sends the body.
         websocket: it asks for a WebSocket, soundly.
-        correlation_id: the one it came with, if well formed.
     """
 
     length: int | None = 0
     expects_continue = False
     websocket = False
-    correlation_id = ""
 
     def __init__(self, line: "RequestLine") -> None:
         self.method, self.raw_path, self.path, self.query, self.version, self.authority = line
@@ -220,6 +219,37 @@ def refuse_early(head: bytes | bytearray, limits: EdgeLimits) -> None:
         raise _malformed("The request's header has a control character in it")
 
 
+def glimpse(head: bytes | bytearray, whole: bool) -> tuple[str, str, str]:
+    """What can be told of a head that was refused: correlation ID, method, path; each empty where it can't be.
+
+    Args:
+        head: what came of it.
+        whole: its last line is not one that may still grow.
+    """
+    line, *lines = bytes(head).split(b"\r\n")
+    if not whole and lines:
+        del lines[-1]
+    fields = [(name.lower(), value.strip()) for name, _, value in (line.partition(b":") for line in lines)]
+    parts = line.split(b" ")
+    method = METHODS.get(parts[0], "")
+    path = ""
+    if method and len(parts) == 3 and parts[1].startswith(b"/"):  # a whole URL may have a password in it
+        path = path_to_tell(parts[1].partition(b"?")[0])
+    return correlation_id_of(fields), method, path
+
+
+def path_to_tell(raw_path: bytes) -> str:
+    return raw_path[:LONGEST_PATH].decode("ascii", "backslashreplace")[:LONGEST_PATH]
+
+
+def correlation_id_of(fields: Iterable[Header]) -> str:
+    """The one that a request came with, if it is well formed (SPEC.md, 3)."""
+    found = [value for name, value in fields if name == b"x-correlation-id"]
+    if len(found) == 1 and 0 < len(found[0]) <= 128 and not found[0].translate(None, IN_ID):
+        return found[0].decode()
+    return ""
+
+
 def too_long_a_line() -> RefusedError:
     return RefusedError(414, "uri_too_long", "The request line is too long")
 
@@ -330,10 +360,8 @@ def _understand(request: RequestHead, fields: list[Header]) -> None:
             upgrade = value.lower()
         elif name == b"sec-websocket-key":
             key = value
-        elif name == b"sec-websocket-version":
+        else:
             websocket_version = value
-        elif not request.correlation_id and 0 < len(value) <= 128 and not value.translate(None, IN_ID):
-            request.correlation_id = value.decode()
 
     _settle_host(request, host)
     if lengths or codings:
@@ -385,6 +413,8 @@ def _check_handshake(request: RequestHead, key: bytes, version: bytes) -> None:
     """RFC 6455, 4.2.1."""
     if request.length != 0:
         raise _malformed("A WebSocket's handshake can't have a body")
+    if not (request.raw_path.isascii() and request.query.isascii()):  # uvicorn's implementation would fail at it
+        raise _malformed("The target of the WebSocket's handshake has a character in it that must be escaped")
     if version != b"13":
         header = (b"sec-websocket-version", b"13")
         raise RefusedError(400, "websocket_version", "The only version of WebSockets spoken here is 13", header)

@@ -20,6 +20,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
+from gateway.context import KEY, RequestContext
 from gateway.policies.edge import EdgeLimits
 from gateway.problems import error_body
 from gateway.server.http1 import (
@@ -28,6 +29,9 @@ from gateway.server.http1 import (
     Header,
     RefusedError,
     RequestHead,
+    correlation_id_of,
+    glimpse,
+    path_to_tell,
     read_head,
     refuse_early,
 )
@@ -41,12 +45,13 @@ GRACE = 1.0  # seconds that an idle connection has for one more request when the
 PROBE_AFTER = 0.1  # seconds from a client's half-close until it is asked whether it is still there
 SWEEP_INTERVAL = 0.2  # seconds; within 250 ms a client that left is noticed
 
-Refusal = Callable[[str, int, str], object]
+Refusal = Callable[[str, int, str, str, str, str], object]
 ASGI = {"version": "3.0", "spec_version": "2.3"}
 EXTENSIONS: dict[str, dict[str, Any]] = {"gateway.server": {}}  # read-only: shared by all requests
 NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER on, for no time: closing resets
 TCP_CLOSED = 7  # the kernel's TCP_CLOSE: the peer has reset the connection
 ENDLESS = float("inf")
+GONE: Message = {"type": "http.disconnect"}
 CR, LF, NUL = b"\r\n\0"  # numbers: `b"\r" in data` raises and swallows an exception within CPython
 CONTENT_LENGTH = b"\r\ncontent-length: "
 
@@ -94,8 +99,9 @@ class Edge:
         connections: all that are open, but WebSockets.
         draining: answers close their connection.
         leaving: nothing new is accepted, and an idle connection has a second for one more request.
-        on_refusal: called with the peer's address, the status and a word for the reason whenever a request is refused
-            here; an application's attribute of that name is taken.
+        on_refusal: called with the peer's address, the status, a word for the reason, and then, as far as they are
+            known, the correlation ID, method and path (without query) of a request that is refused here, so that the
+            application never hears of it; an application's attribute of that name is taken.
     """
 
     def __init__(self, config: Config, limits: EdgeLimits, loop: asyncio.AbstractEventLoop) -> None:
@@ -229,6 +235,7 @@ class GatewayProtocol(asyncio.Protocol):
             "headers": [],
             "state": {},
             "extensions": EXTENSIONS,
+            KEY: None,
         }
         edge = self.edge
         self.due = self.loop.time() + (GRACE if edge.leaving else edge.limits.head_timeout)
@@ -319,14 +326,14 @@ class GatewayProtocol(asyncio.Protocol):
         try:
             refuse_early(self.buffer, self.edge.limits)
         except RefusedError as refusal:
-            self._refuse(refusal)
+            self._refuse(refusal, *glimpse(self.buffer, whole=False))
 
     def _begin(self, head: bytes, rest: bytes) -> None:
         """A whole head has come, and ``rest`` behind it: start its request."""
         try:
             request = read_head(head, self.edge.limits)
         except RefusedError as refusal:
-            self._refuse(refusal)
+            self._refuse(refusal, *glimpse(head, whole=True))
             return
         self.requests += 1
         self.begun_at = self.loop.time()
@@ -372,7 +379,7 @@ class GatewayProtocol(asyncio.Protocol):
             try:
                 data, rest = self.chunks.feed(data)
             except RefusedError as refusal:
-                self._refuse(refusal)
+                self._refuse_body(refusal, "bad_body")
                 return
         elif len(data) < self.remaining:
             self.remaining -= len(data)
@@ -431,14 +438,17 @@ class GatewayProtocol(asyncio.Protocol):
         if self.peer_is_done:  # it would not be told again
             self.close()
             return
-        if any(len(name) + len(value) > MAX_LINE for name, value in scope["headers"] if is_of_handshake(name)):
-            self._refuse(RefusedError(431, "field_too_large", "A header field of the handshake is too large"))
-            return
-        self._forget()
-        self.state = CLOSED
+        self.resume_reading()  # first, for the WebSocket may pause it
         websocket = GatewayWebSocket(self.config, self.server_state, self.app_state, self.loop)
-        websocket.take_over(self.transport, scope, rest)
-        self.resume_reading()
+        if any(len(name) + len(value) > MAX_LINE for name, value in scope["headers"] if is_of_handshake(name)):
+            refusal = RefusedError(431, "field_too_large", "A header field of the handshake is too large")
+        elif not websocket.take_over(self.transport, scope, rest):
+            refusal = RefusedError(400, "malformed", "A header field of the WebSocket's handshake is malformed")
+        else:
+            self._forget()
+            self.state = CLOSED
+            return
+        self._refuse(refusal, correlation_id_of(scope["headers"]), scope["method"], path_to_tell(scope["raw_path"]))
 
     # Writing
 
@@ -455,24 +465,27 @@ class GatewayProtocol(asyncio.Protocol):
         while self.writing_paused:
             await _wait(self.loop, self.writable_waiters)
 
-    def _refuse(self, refusal: RefusedError) -> None:
-        """Answer what comes from the client with an error, once and for all; cut an answer that has begun."""
+    def _refuse(self, refusal: RefusedError, correlation_id: str = "", method: str = "", path: str = "") -> None:
+        """Answer a request that the application won't hear of with an error, the connection's last answer."""
+        correlation_id = correlation_id or urandom(16).hex()
+        self.write_error(refusal.status, refusal.message, correlation_id, refusal.header)
+        self._linger()
+        peer = self.client[0] if self.client else ""
+        self.edge.on_refusal(peer, refusal.status, refusal.reason, correlation_id, method, path)
+
+    def _refuse_body(self, refusal: RefusedError, reason: str) -> None:
+        """End a request that the application has, and tells of, with an error; cut an answer that has begun."""
         cycle, self.cycle = self.cycle, None
-        correlation_id = ""
-        started = False
-        if cycle is not None:
-            correlation_id = cycle.correlation_id
-            started = cycle.response_started
-            cycle.disconnect()
-        if started:
+        assert cycle is not None  # it is while its body is read
+        if cycle.response_started:
+            cycle.disconnect(reason)
             self.close()
         else:
-            self.write_error(refusal.status, refusal.message, correlation_id, refusal.header)
+            cycle.disconnect(reason, refusal.status)
+            self.write_error(refusal.status, refusal.message, cycle.name(), refusal.header)
             self._linger()
-        self.edge.on_refusal(self.client[0] if self.client else "", refusal.status, refusal.reason)
 
     def write_error(self, status: int, message: str, correlation_id: str, header: Header | None = None) -> None:
-        correlation_id = correlation_id or urandom(16).hex()
         fields = {"retry_after": int(header[1])} if header is not None and header[0] == b"retry-after" else {}
         body = error_body(status, message, correlation_id, **fields)
         more = b"" if header is None else b"%b: %b\r\n" % header
@@ -505,11 +518,12 @@ class GatewayProtocol(asyncio.Protocol):
         if self.state == IDLE and (self.edge.leaving or (self.requests and not self.buffer)):
             self.close()
         elif self.state == IDLE:
-            self._refuse(RefusedError(408, "head_timeout", "The request's header took too long to come"))
+            refusal = RefusedError(408, "head_timeout", "The request's header took too long to come")
+            self._refuse(refusal, *glimpse(self.buffer, whole=False))
         elif self.state == BODY and (cycle := self.cycle) is not None:
             if cycle.is_waiting and not cycle.response_started:
-                cycle.disconnect("client_too_slow")
-                self._refuse(RefusedError(408, "body_timeout", "The request's body stopped coming"))
+                refusal = RefusedError(408, "body_timeout", "The request's body stopped coming")
+                self._refuse_body(refusal, "client_too_slow")
             else:
                 self.due = ENDLESS
         elif self.state != CLOSED:
@@ -625,9 +639,9 @@ class RequestCycle:
         "_keep_alive",
         "_more_body",
         "_waiters",
-        "correlation_id",
-        "disconnect_reason",
+        "context",
         "disconnected",
+        "farewell",
         "response_complete",
         "response_started",
         "scope",
@@ -637,10 +651,10 @@ class RequestCycle:
     def __init__(self, connection: GatewayProtocol, scope: Scope, request: RequestHead) -> None:
         self._connection = connection
         self.scope = scope
-        self.correlation_id = request.correlation_id
+        self.context = scope[KEY] = RequestContext()  # here, to learn from it how the application names the request
         self.task: asyncio.Task[None] | None = None
         self.disconnected = False
-        self.disconnect_reason = ""
+        self.farewell: Message = GONE
         self._waiters: list[asyncio.Future[None]] = []
         # Of the request's body: what was received and not yet asked for
         self._body: list[bytes] = []
@@ -691,7 +705,7 @@ class RequestCycle:
             self._cut()
         elif not self.disconnected and connection.state != CLOSED:
             self.disconnect()
-            connection.write_error(status, message, self.correlation_id, header)
+            connection.write_error(status, message, self.name(), header)
             connection.answered(False)
 
     def _cut(self) -> None:
@@ -705,6 +719,19 @@ class RequestCycle:
         """As it was sent: decoded it could forge a line of the log."""
         raw_path: bytes = self.scope["raw_path"]
         return raw_path.decode("latin-1")
+
+    def name(self) -> str:
+        """The correlation ID that the application has given the request, or will: one that came with it, or a new one.
+
+        (It gives none before its task first runs, and a body may turn out to be unsound before that.)
+        """
+        headers = self.scope["headers"]
+        chosen = self.context.correlation_id or correlation_id_of(headers)
+        if not chosen:
+            chosen = urandom(16).hex()
+            others = [field for field in headers if field[0] != b"x-correlation-id"]
+            self.scope["headers"] = [*others, (b"x-correlation-id", chosen.encode())]
+        return chosen
 
     @property
     def is_waiting(self) -> bool:
@@ -729,16 +756,18 @@ class RequestCycle:
             self._connection.due = ENDLESS
             _wake(self._waiters)
 
-    def disconnect(self, reason: str = "") -> None:
-        """There is nobody any more to answer."""
+    def disconnect(self, reason: str = "", status: int = 0) -> None:
+        """There is nobody any more to answer. (See ``receive`` for the arguments.)"""
         self.disconnected = True
-        self.disconnect_reason = self.disconnect_reason or reason
+        if reason and self.farewell is GONE:
+            self.farewell = {**GONE, "reason": reason, "status": status} if status else {**GONE, "reason": reason}
         _wake(self._waiters)
 
     async def receive(self) -> Message:
         """The next piece of the request's body, as soon as there is one; then, when it comes, the client's leaving.
 
-        That message has a ``reason``, ``client_too_slow``, where it was the server that cut the client off.
+        That message has a ``reason``, ``client_too_slow`` or ``bad_body``, where it was the server that cut the client
+        off, and a ``status`` where the server has answered it, with that one.
         """
         connection = self._connection
         if self._continue_is_due and not self.disconnected:
@@ -757,9 +786,7 @@ class RequestCycle:
             if self._more_body:
                 connection.wait_for_body()
             await _wait(connection.loop, self._waiters)
-        if self.disconnect_reason:
-            return {"type": "http.disconnect", "reason": self.disconnect_reason}
-        return {"type": "http.disconnect"}
+        return dict(self.farewell)
 
     # The answer
 
