@@ -77,6 +77,9 @@ class Watch:
         kind = message["type"]
         if kind == "http.disconnect":
             self.client_left = not self.whole
+            if self.status == 0 and "status" in message:  # our server has answered a body it could not read on
+                self._answers(message["status"])
+                self.whole = True
         elif kind == "websocket.receive":
             self.bytes_in += _size(message)
         elif kind == "websocket.disconnect":

@@ -13,8 +13,24 @@ from websockets.exceptions import InvalidStatus
 
 from gateway.app import Gateway, create_app
 from gateway.circuit_breaker import CircuitBreakerConfig, circuit_breaker_registry
+from gateway.server.protocol import GatewayProtocol
 from gateway.settings import Settings
-from tests.wire import OK, Answer, Reader, Request, Service, Writer, call, read_body, reply, service, serving, until
+from tests.wire import (
+    OK,
+    Answer,
+    Reader,
+    Request,
+    Service,
+    Writer,
+    call,
+    parse,
+    read_body,
+    reply,
+    send_raw,
+    service,
+    serving,
+    until,
+)
 
 ROUTES = {
     "/api/v1/recommendations": ("recommendation-service", "RECOMMENDATION_SERVICE_URL", "http://recommender:8001"),
@@ -464,6 +480,23 @@ async def test_a_fault_of_the_gateways_own_is_500_without_detail(monkeypatch: py
         assert answer.status == 500
         assert error(answer)["message"] == "An unexpected error occurred"
         assert b"hunter2" not in answer.raw
+
+
+async def test_a_body_that_the_server_can_not_read_is_one_story_to_client_log_and_service(
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    async with service() as upstream:
+        app = create_app(Settings.load({"CHATBOT_SERVICE_URL": upstream.url}))
+        async with serving(app, http=GatewayProtocol) as port:
+            head = b"POST /api/v1/chat HTTP/1.1\r\nHost: h\r\nX-Correlation-ID: abc\r\n"
+            answer = parse(await send_raw(port, head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\nzz\r\n"))
+            assert (answer.status, answer.values(b"x-correlation-id")) == (400, [b"abc"])
+            await until(lambda: not app.proxy.exchanges)
+            await until(lambda: upstream.open == 0)
+    lines = [orjson.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
+    (line,) = [line for line in lines if "status_code" in line]
+    expected = {"correlation_id": "abc", "status_code": 400, "cause": "refused", "reason": "bad_body"}
+    assert expected.items() <= line.items()
 
 
 # WebSockets pass the same layers

@@ -44,7 +44,7 @@ TOO_LATE = {
 # Endings of an attempt after which another may be worth a try: a service that was slow once will be slow again.
 RETRIABLE = frozenset({Cause.CONNECT_FAILED, Cause.CONNECT_TIMEOUT, Cause.RESET, Cause.GARBLED, Cause.CUT_SHORT})
 NOT_DISPATCHED = frozenset({Cause.CONNECT_FAILED, Cause.CONNECT_TIMEOUT})
-CUT_BY_SERVER = "client_too_slow"  # the reason that our server gives in `http.disconnect`
+BY_SERVER = {"client_too_slow": Cause.CLIENT_TOO_SLOW, "bad_body": Cause.REFUSED}  # its reasons in `http.disconnect`
 # Looked up once: an enumeration's member costs ten times what a global does.
 COMPLETED, CLIENT_TOO_SLOW, STALLED = Cause.COMPLETED, Cause.CLIENT_TOO_SLOW, Cause.STALLED
 FIRST_BYTE_TIMEOUT = Cause.FIRST_BYTE_TIMEOUT
@@ -476,7 +476,7 @@ class Exchange(Deadline):
     async def _tell(self, error: ForwardingError) -> None:
         """Tell the client what went wrong, in the way that the state of its answer still allows."""
         cause = error.cause
-        if cause is Cause.CLIENT_LEFT or error.reason == CUT_BY_SERVER:
+        if cause is Cause.CLIENT_LEFT or error.reason in BY_SERVER:  # gone, or answered already
             return
         if not self._started:
             retry_after = 1 if error.status == 503 else None
@@ -495,10 +495,12 @@ class Exchange(Deadline):
 
 
 def departure(message: Message) -> ForwardingError:
-    """Why the client is gone: by itself, or because our server has cut it off for being too slow."""
-    if message.get("reason") == CUT_BY_SERVER:
-        return ForwardingError(CLIENT_TOO_SLOW, TOO_LATE[CLIENT_TOO_SLOW], reason=CUT_BY_SERVER)
-    return ForwardingError(Cause.CLIENT_LEFT, TOO_LATE[Cause.CLIENT_LEFT])
+    """Why the client is gone: by itself, or because our server has turned it away in the middle of its body."""
+    reason = message.get("reason", "")
+    cause = BY_SERVER.get(reason)
+    if cause is None:
+        return ForwardingError(Cause.CLIENT_LEFT, TOO_LATE[Cause.CLIENT_LEFT])
+    return ForwardingError(cause, "The client's body could not be read", reason=reason)
 
 
 def retry_after(headers: list[Header]) -> float | None:
