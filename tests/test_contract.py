@@ -469,6 +469,47 @@ async def test_a_full_gateway_answers_503_at_once_and_takes_no_token() -> None:
         assert (await gw.call()).status == 200
 
 
+async def test_a_service_at_its_own_cap_takes_no_place_from_the_others() -> None:
+    release = asyncio.Event()
+
+    async def hold(request: Request, reader: Reader, writer: Writer) -> None:
+        await read_body(request, reader)
+        if request.target.startswith(b"/api/v1/vision"):
+            await release.wait()
+        writer.write(OK)
+
+    async with gateway(VISION_MAX_IN_FLIGHT="1") as gw:
+        gw.upstream.handler = hold
+        held = asyncio.create_task(gw.call("/api/v1/vision"))
+        await until(lambda: gw.upstream.requests)
+        refused = await gw.call("/api/v1/vision")
+        assert (refused.status, error(refused)["reason"], refused.values(b"retry-after")) == (
+            503,
+            "service_full",
+            [b"1"],
+        )
+        assert (await gw.call("/api/v1/fraud")).status == 200
+        release.set()
+        assert (await held).status == 200
+        assert (await gw.call("/api/v1/vision")).status == 200
+
+
+async def test_what_the_server_refuses_before_it_is_a_request_is_logged_and_counted(
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    app = create_app(Settings.load({}))
+    async with serving(app, http=GatewayProtocol) as port:
+        broken = b"GET /x?key=canary HTTP/1.1\r\nHost: h\r\nX-Correlation-ID: abc\r\nContent-Length: +5\r\n\r\n"
+        answer = parse(await send_raw(port, broken))
+        assert (answer.status, error(answer)["correlation_id"]) == (400, "abc")
+        metrics = (await call(port, "/metrics")).body.decode()
+        assert 'http_requests_total{endpoint="other",method="OTHER",status="400"}' in metrics
+    out = capfdbinary.readouterr().out
+    assert b"canary" not in out
+    (line,) = [line for line in map(orjson.loads, out.splitlines()) if line["message"] == "Request refused"]
+    assert {"status_code": 400, "correlation_id": "abc", "path": "/x", "client": "127.0.0.1"}.items() <= line.items()
+
+
 async def test_a_fault_of_the_gateways_own_is_500_without_detail(monkeypatch: pytest.MonkeyPatch) -> None:
     async with gateway() as gw:
 
