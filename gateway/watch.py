@@ -2,6 +2,7 @@
 
 from asyncio import CancelledError
 from collections.abc import Awaitable, Callable
+from math import inf
 from time import monotonic
 
 from starlette.types import Message, Receive, Scope, Send
@@ -24,6 +25,7 @@ class Watch:
         context: the request's; its ``status`` is set as the answer starts, its byte counts and cause at the end.
         status: the answer's; 0 before it starts, and at the end never 0 (see the two numbers above).
         answered_at: monotonic seconds at which the answer started; None before.
+        request_whole_at: monotonic seconds at which the last of the request's body came; infinity before.
         whole: the last byte of the answer was given to the server, or the WebSocket was closed in good order.
         client_left: the client went before that.
         cut_short: once it has ended: the client got less than a whole answer, or a whole one that says that it is not.
@@ -33,6 +35,7 @@ class Watch:
     # Defaults on the class, not slots: a request then sets only what it has.
     status = 0
     answered_at: float | None = None
+    request_whole_at = inf
     bytes_in = 0
     bytes_out = 0
     whole = False
@@ -69,6 +72,8 @@ class Watch:
         message = await self._receive()
         if message["type"] == "http.request":
             self.bytes_in += len(message.get("body", b""))
+            if not message.get("more_body", False) and self.request_whole_at == inf:
+                self.request_whole_at = self._clock()
         else:
             self._receives_rarely(message)
         return message

@@ -86,17 +86,14 @@ class BreakerASGI:
         context.probe = permit.probe
         watch: Watch | None = scope.get(WATCH)
         call: _Exchange
-        if kind != "http":
-            call = _Session(permit, context, receive, send, clock)
-            send = call.send
-        elif watch is None or permit.probe or self.breakers is None:
-            call = _Exchange(permit, context, receive, send, clock)
-            send = call.send
-        else:
+        if kind == "http" and watch is not None and self.breakers is not None and not permit.probe:
             call = _Forwarded(permit, context, receive, send, clock)
             call.watch = watch
+        else:
+            call = (_Exchange if kind == "http" else _Session)(permit, context, receive, send, clock)
+            receive, send = call.receive, call.send
         try:
-            await self.app(scope, call.receive, send)
+            await self.app(scope, receive, send)
         except BaseException as error:
             call.failed(error)
             raise
@@ -213,7 +210,7 @@ class _Exchange:
 
 
 class _Forwarded(_Exchange):
-    """One HTTP request to a service, whose answer the watch of an outer layer sees: it need not be looked at twice.
+    """One HTTP request to a service, watched by an outer layer already: no message need be looked at twice.
 
     Where an attempt was made, the application says why the request ended, as ``ProxyApp`` does; what it raises beyond
     that is not the service's doing.
@@ -224,6 +221,10 @@ class _Forwarded(_Exchange):
     def failed(self, error: BaseException) -> None:
         if self._context.attempts or not isinstance(error, Exception):
             self.lose_client()
+
+    def conclude(self, scope: Scope) -> None:
+        self._service_has_it_since = self.watch.request_whole_at
+        super().conclude(scope)
 
     def _cause(self, now: float) -> Cause:
         self._answer_complete = self.watch.whole
