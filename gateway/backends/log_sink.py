@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import select
+import stat
 import threading
 import traceback
 from collections import deque
@@ -20,6 +21,7 @@ import orjson
 from gateway.policies.timestamps import timestamp
 
 MOST_BYTES = 4096  # PIPE_BUF: what a pipe takes whole or not at all, however many write to it (POSIX, write())
+FILE_BYTES = 64 * 1024  # what a file takes at once: the kernel lets no two writes to one mix, and each costs a handover
 HURRY_BYTES = 128 * 1024  # waiting lines that are not kept for the timer
 RETRY_SECONDS = 0.2  # between two tries on a full disk
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -31,9 +33,9 @@ def _ignore(_: int) -> None: ...
 class LogSink:
     """Take whole lines at once, write them out behind the caller's back; what does not fit is dropped and counted.
 
-    A thread, started with a process's first line, gathers lines for a moment and writes whole ones, at most 4,096
-    bytes at a time, so that several processes may share a pipe. A stalled reader or a full disk stalls that thread
-    alone.
+    A thread, started with a process's first line, gathers lines for a moment and writes whole ones: at most 4,096 bytes
+    at a time, so that several processes may share a pipe, and 64 KiB into a file. A stalled reader or a full disk
+    stalls that thread alone.
 
     Args:
         write_to: the file descriptor, which stays the caller's to close.
@@ -142,6 +144,7 @@ class LogSink:
 
     def _run(self) -> None:
         wakeup, hurry, abandoned = self._wakeup, self._hurry, self._abandoned
+        most = FILE_BYTES if _is_file(self.write_to) else MOST_BYTES
         while not abandoned.is_set():
             wakeup.wait()
             wakeup.clear()
@@ -150,17 +153,17 @@ class LogSink:
                 hurry.wait(self.interval)
             self._awake = False  # from here on a new line wakes us again, so that none is overlooked
             hurry.clear()
-            while not abandoned.is_set() and (chunk := self._next_chunk()):
+            while not abandoned.is_set() and (chunk := self._next_chunk(most)):
                 self._put(chunk)
             if closing and not self._lines:
                 return
 
-    def _next_chunk(self) -> bytes:
+    def _next_chunk(self, most: int) -> bytes:
         lines = self._lines
         chunk: list[bytes] = []
         size = 0
         try:
-            while size + len(lines[0]) <= MOST_BYTES:  # only this thread takes lines, so the first one stays the first
+            while size + len(lines[0]) <= most:  # only this thread takes lines, so the first one stays the first
                 line = lines.popleft()
                 size += len(line)
                 chunk.append(line)
@@ -217,6 +220,13 @@ def _begin_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_begin_in_child)
+
+
+def _is_file(descriptor: int) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError:
+        return False
 
 
 @cache

@@ -147,7 +147,9 @@ def _message(watch: Watch) -> str:
 def _path(scope: Scope) -> str:
     """The path as it was sent, without its query, whatever a server puts into ``raw_path``."""
     raw: bytes | None = scope.get("raw_path")
-    path: str = scope["path"] if raw is None else raw.decode("ascii", "backslashreplace")
+    path: str = scope["path"]
+    if raw is not None and len(raw) != len(path):  # something in it was decoded, or stands behind it
+        path = raw.decode("ascii", "backslashreplace")
     if "?" in path:
         path = path.partition("?")[0]
     return path if len(path) <= LONGEST_PATH else f"{path[:LONGEST_PATH]}..."
