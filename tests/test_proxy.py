@@ -1,6 +1,7 @@
 """ProxyApp alone, over real sockets: what reaches the service, what reaches the client, and what ends a request."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -501,6 +502,19 @@ async def test_requests_wait_their_turn_for_a_connection() -> None:
         assert {answer.status for answer in answers} == {200}
         assert gw.upstream.connections == 1
         await gw.settle()
+
+
+async def test_an_answer_in_the_very_turn_in_which_the_client_begins_to_be_watched_ends_the_watch_unharmed() -> None:
+    async with rig(silent, timeouts=Timeouts()) as gw:
+        answer = asyncio.ensure_future(gw.call())
+        await until(lambda: gw.upstream.requests)
+        (exchange,) = gw.proxy.exchanges
+        assert exchange._connection is not None
+        exchange._connection.data_received(OK)
+        exchange.expire()  # starts the watcher, which the answer ends before its first step
+        assert (await answer).status == 200
+        await until(lambda: not gw.proxy.exchanges)
+        gc.collect()  # a coroutine that never ran would complain, and any warning fails the test
 
 
 # Time that the caller allows

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -276,7 +277,7 @@ class Exchange(Deadline):
             framing = b"content-length: " + length if length is not None else b"transfer-encoding: chunked"
             connection.write(start + framing + b"\r\n\r\n")
             self._streamed = True
-            self._listen(self._upload(connection, chunked=length is None))
+            self._listen(partial(self._upload, connection, chunked=length is None))
             return
         body = self._first_part if self._kept is None else b"".join(self._kept)
         if body or fields.length is not None or b"transfer-encoding" in fields.by_name:
@@ -386,12 +387,12 @@ class Exchange(Deadline):
 
     # Beside it
 
-    def _listen(self, listening: Coroutine[None, None, None]) -> None:
-        self._listener = self.route.loop.create_task(self._guarded(listening))
+    def _listen(self, listen: Callable[[], Awaitable[None]]) -> None:
+        self._listener = self.route.loop.create_task(self._guarded(listen))
 
-    async def _guarded(self, listening: Coroutine[None, None, None]) -> None:
+    async def _guarded(self, listen: Callable[[], Awaitable[None]]) -> None:
         try:
-            await listening
+            await listen()
         except ForwardingError as error:
             self.abort(error)
         except Exception:
@@ -455,7 +456,7 @@ class Exchange(Deadline):
             self._abort(Cause.ANSWER_TIMEOUT)
         else:
             if self._listener is None and self._uploaded:
-                self._listen(self._watch_client())
+                self._listen(self._watch_client)
             again = LOOK_AGAIN if self._listener is not None else LISTEN_AFTER  # the body may still be awaited
             self.due = min(self._phase_ends, self._ends, now + again)
             self.route.wheel.add(self)
