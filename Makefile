@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check lint format bench lock redis clean
+.PHONY: help demo test check lint format bench lock redis wrk clean
 
 export DEBIAN_FRONTEND := noninteractive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -43,9 +43,10 @@ format: .venv/.dev ## put the code into our form
 	@$(BIN)/python -m ruff check --fix --select I .
 	@$(BIN)/python -m ruff format .
 
-bench: .venv/.dev ## what a request costs in this process: microseconds by layer, instructions by module
-	@$(BIN)/python -m bench.layers
-	@$(BIN)/python -m bench.instructions $(ARGS)
+bench: .venv/.dev redis wrk ## what a request costs, in here and beside nginx and others; ARGS="latency --rounds 5" picks
+	@$(if $(ARGS),,$(BIN)/python -m bench.layers)
+	@$(if $(ARGS),,$(BIN)/python -m bench.instructions)
+	@$(BIN)/python -m bench $(ARGS)
 
 lock: .venv/.run ## compile requirements/*.txt from pyproject.toml; UPGRADE=1 takes the newest versions
 	@$(BIN)/python -c 'import uv' 2>/dev/null || $(BIN)/python -m pip install --quiet 'uv>=0.9'
@@ -60,8 +61,11 @@ COMPILE = $(BIN)/python -m uv pip compile --quiet --universal --python-version 3
 redis:
 	@command -v redis-server >/dev/null || { $(call need,redis-server); }
 
+wrk: # the benchmark goes on without it
+	@command -v wrk >/dev/null || [ "$$(id -u)" != 0 ] || { $(call need,wrk); }
+
 clean: ## remove .venv and everything else that was made here
-	rm -rf .venv build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist bench/out .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian and Ubuntu keep ensurepip, without which a venv has no pip, in a package of its own.
