@@ -6,9 +6,10 @@
     python -m bench --quick                             whether it works, in under a minute; its figures mean little
     python -m bench --picture docs/throughput.svg       draws what throughput found
 
-Tables are printed in Markdown, progress on standard error; the figures are written to bench/out/results.json. Absolutes
-belong to this machine: what carries over are ratios within one run. The exit status is 1 where something went wrong
-that does not in a gateway in good health, such as a lost event, and 2 where nothing could be measured.
+It needs Linux. Tables are printed in Markdown, progress on standard error; the figures are written to
+bench/out/results.json. Absolutes belong to this machine: what carries over are ratios within one run. The exit status
+is 1 where something went wrong that does not in a gateway in good health, such as a lost event, and 2 where nothing
+could be measured.
 """
 
 import argparse

@@ -23,7 +23,7 @@ from bench.figures import percentiles
 
 CALLERS = 1000  # users who take turns
 CONNECTIONS = 64
-PATIENCE = 10.0  # seconds beyond the load's own for what is still under way
+PATIENCE = 10.0  # seconds for connections to open, and beyond the load's own for what is still under way
 OPENING = 32  # connections that are opened at a time
 BODY = b'{"user_id":"user-000","n":10,"context":"the quick brown fox jumps over a dog"}'
 TFD_TIMER_ABSTIME = 1  # timerfd_create(2)
@@ -68,12 +68,17 @@ class Connection(asyncio.Protocol):
 
 
 async def connect(port: int, makers: Sequence[Callable[[], Connection]]) -> list[Connection]:
-    """Open a connection of each maker's, some at a time."""
+    """Open a connection of each maker's, some at a time.
+
+    Raises:
+        TimeoutError: some could not be opened within 10 seconds.
+    """
     loop = asyncio.get_running_loop()
     found: list[Connection] = []
     for start in range(0, len(makers), OPENING):
         some = makers[start : start + OPENING]
-        opened = await asyncio.gather(*(loop.create_connection(make, "127.0.0.1", port) for make in some))
+        async with asyncio.timeout(PATIENCE):
+            opened = await asyncio.gather(*(loop.create_connection(make, "127.0.0.1", port) for make in some))
         found += [connection for _, connection in opened]
     return found
 
