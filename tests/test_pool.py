@@ -45,8 +45,7 @@ async def fetch(pool: ConnectionPool) -> Http1Connection:
     """One exchange, up to its last byte."""
     now = asyncio.get_running_loop().time()
     connection = pool.take_idle(now) or await pool.reserve() or await pool.connect()
-    connection.begin(b"GET")
-    connection.write(b"GET / HTTP/1.1\r\nhost: h\r\n\r\n")
+    connection.request(b"GET", b"/", b"h", b"", b"", b"")
     while not connection.complete:
         await connection.progress()
     assert connection.take() == b"ok"

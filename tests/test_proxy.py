@@ -13,6 +13,7 @@ from gateway.context import Cause, RequestContext
 from gateway.policies.services import Service as Target
 from gateway.policies.services import Timeouts
 from gateway.proxy.app import ProxyApp
+from gateway.proxy.http1 import Http1Connection
 from tests.wire import (
     OK,
     Answer,
@@ -509,7 +510,7 @@ async def test_an_answer_in_the_very_turn_in_which_the_client_begins_to_be_watch
         answer = asyncio.ensure_future(gw.call())
         await until(lambda: gw.upstream.requests)
         (exchange,) = gw.proxy.exchanges
-        assert exchange._connection is not None
+        assert isinstance(exchange._connection, Http1Connection)
         exchange._connection.data_received(OK)
         exchange.expire()  # starts the watcher, which the answer ends before its first step
         assert (await answer).status == 200

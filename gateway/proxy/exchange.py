@@ -15,9 +15,8 @@ from gateway.policies.circuit_breaker import Outcome
 from gateway.policies.retry import may_resend
 from gateway.problems import ForwardingError, answer, error_body
 from gateway.proxy.headers import Header, RequestFields, answer_fields, forwarding_fields
-from gateway.proxy.http1 import Http1Connection
-from gateway.proxy.pool import Address, ConnectionPool
-from gateway.proxy.route import Route
+from gateway.proxy.pool import Address
+from gateway.proxy.route import Route, UpstreamConnection, UpstreamPool
 from gateway.proxy.timers import Deadline
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class Exchange(Deadline):
 
     _aborted: ForwardingError | None = None
     _listener: asyncio.Task[None] | None = None  # reads what the client still sends, and whether it leaves
-    _connection: Http1Connection | None = None
+    _connection: UpstreamConnection | None = None
     _kept_bytes = 0
     _status = 0  # of the service's last answer
     _streamed = False  # the body went to a replica as it came
@@ -227,7 +226,7 @@ class Exchange(Deadline):
 
     # One attempt
 
-    async def _attempt(self, pool: ConnectionPool, head: bytes, fields: RequestFields) -> float | None:
+    async def _attempt(self, pool: UpstreamPool, head: bytes, fields: RequestFields) -> float | None:
         """Send the request to a replica and stream its answer to the client.
 
         Returns:
@@ -259,9 +258,9 @@ class Exchange(Deadline):
         await self._stream_back(connection, pool)
         return None
 
-    def _dispatch(self, connection: Http1Connection, address: Address, head: bytes, fields: RequestFields) -> None:
-        scope, service = self.scope, self.route.service
-        target = scope.get("raw_path") or quote(scope["path"]).encode()
+    def _dispatch(self, connection: UpstreamConnection, address: Address, head: bytes, fields: RequestFields) -> None:
+        scope, service, length = self.scope, self.route.service, fields.length
+        target = address.path + (scope.get("raw_path") or quote(scope["path"]).encode())
         if scope.get("query_string"):
             target += b"?" + scope["query_string"]
         host = fields.host if service.preserve_host and fields.host else address.authority
@@ -269,21 +268,16 @@ class Exchange(Deadline):
             head += b"x-request-timeout-ms: %d\r\n" % max(1, int((self._allowed_until - self._now()) * 1000))
         if self.context.attempts > 1:
             head += b"x-gateway-attempt: %d\r\n" % self.context.attempts
-        form = b"%b %b%b HTTP/1.1\r\nhost: %b\r\n%b"
-        start = form % (self._method, address.path, target, host, head)
-        connection.begin(self._method)
         if not self._uploaded:
-            length = fields.length
-            framing = b"content-length: " + length if length is not None else b"transfer-encoding: chunked"
-            connection.write(start + framing + b"\r\n\r\n")
+            framing = b"transfer-encoding: chunked\r\n" if length is None else b"content-length: %b\r\n" % length
+            connection.request(self._method, target, host, head, framing, b"")
             self._streamed = True
-            self._listen(partial(self._upload, connection, chunked=length is None))
+            self._listen(partial(self._upload, connection))
             return
         body = self._first_part if self._kept is None else b"".join(self._kept)
-        if body or fields.length is not None or b"transfer-encoding" in fields.by_name:
-            connection.write(b"%bcontent-length: %d\r\n\r\n%b" % (start, len(body), body))
-        else:
-            connection.write(start + b"\r\n")
+        has_body = body or length is not None or b"transfer-encoding" in fields.by_name
+        framing = b"content-length: %d\r\n" % len(body) if has_body else b""
+        connection.request(self._method, target, host, head, framing, body)
         self._expect(FIRST_BYTE_TIMEOUT, service.timeouts.first_byte)
 
     def _wait_to_resend(
@@ -291,7 +285,7 @@ class Exchange(Deadline):
         fields: RequestFields,
         *,
         failure: ForwardingError | None = None,
-        refusal: Http1Connection | None = None,
+        refusal: UpstreamConnection | None = None,
         silent: bool = False,
     ) -> float | None:
         """Seconds after which the request is sent again, or None where the client gets what there is.
@@ -325,7 +319,7 @@ class Exchange(Deadline):
         )
         return wait if wait is not None and self.route.budget.take(now) else None
 
-    async def _stream_back(self, connection: Http1Connection, pool: ConnectionPool) -> None:
+    async def _stream_back(self, connection: UpstreamConnection, pool: UpstreamPool) -> None:
         context, send = self.context, self.send
         status, complete = connection.status, connection.complete
         headers = answer_fields(connection.headers, connection.fields)
@@ -359,7 +353,7 @@ class Exchange(Deadline):
                 self._give_back(pool)
             self._expect(CLIENT_TOO_SLOW, self.route.service.timeouts.client)
 
-    def _begin_stream(self, connection: Http1Connection) -> None:
+    def _begin_stream(self, connection: UpstreamConnection) -> None:
         """An answer that is not known whole from its head: bound the time of it, and see of what kind it is."""
         timeouts = self.route.service.timeouts
         unbounded = connection.content_length is None
@@ -368,7 +362,7 @@ class Exchange(Deadline):
         self._ends = min(self._answer_ends, self._allowed_until)
         self._expect(CLIENT_TOO_SLOW, timeouts.client)
 
-    def _give_back(self, pool: ConnectionPool) -> None:
+    def _give_back(self, pool: UpstreamPool) -> None:
         """The answer has come whole: another request may have the connection while the client still reads."""
         connection, self._connection = self._connection, None
         assert connection is not None
@@ -399,13 +393,13 @@ class Exchange(Deadline):
             logger.exception("Reading from the client failed")
             self._abort(Cause.GATEWAY_FAULT)
 
-    async def _upload(self, connection: Http1Connection, *, chunked: bool) -> None:
+    async def _upload(self, connection: UpstreamConnection) -> None:
         """Pass the body on as it comes, as fast as the service takes it, then watch whether the client leaves."""
         timeouts = self.route.service.timeouts
         part = self._first_part
         while True:
             if part:
-                connection.write(b"%x\r\n%b\r\n" % (len(part), part) if chunked else part)
+                connection.write(part)
                 if not connection.head_complete:
                     self._expect(Cause.WRITE_TIMEOUT, timeouts.write)
                 try:
@@ -413,8 +407,7 @@ class Exchange(Deadline):
                 except ForwardingError:
                     break  # the request's own task hears of it as well
             if self._uploaded:
-                if chunked:
-                    connection.write(b"0\r\n\r\n")
+                connection.end_body()
                 if not connection.head_complete:
                     self._expect(FIRST_BYTE_TIMEOUT, timeouts.first_byte)
                 break

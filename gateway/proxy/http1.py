@@ -28,22 +28,11 @@ class _UnfitAnswerError(Exception):
 class Http1Connection(asyncio.Protocol):
     """A connection to a replica, carrying one exchange at a time.
 
-    An exchange is ``begin``, any number of ``write`` and ``drain``, then ``progress`` as often as it takes: until
-    ``head_complete``, then, taking what has come with ``take``, until ``complete``. What goes wrong on the connection
-    is raised as ``ForwardingError`` by ``drain`` and ``progress``.
-
-    Attributes:
-        status: of the answer, once ``head_complete``.
-        headers: of the answer as they came, names in lower case.
-        fields: the same by name, the last of each.
-        content_length: of the answer's body, where it announced one.
-        complete: the whole answer has come.
-        error: what went wrong on the connection.
-        served: how many exchanges it has completed.
-        idle_since: when the last ended, seconds on the event loop's clock.
+    It is an ``UpstreamConnection``, which says how it is used.
     """
 
     __slots__ = (
+        "_chunked",
         "_chunks",
         "_drained",
         "_expects_body",
@@ -83,7 +72,7 @@ class Http1Connection(asyncio.Protocol):
         self.on_lost: Callable[[Http1Connection], None] | None = None
         self.served = 0
         self.idle_since = 0.0
-        self.awaited = False  # an answer is: between `begin` and its last byte
+        self.awaited = False  # an answer is: between `request` and its last byte
         self.head_complete = self.complete = self.keep_alive = False
         self._waiter: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
@@ -95,11 +84,12 @@ class Http1Connection(asyncio.Protocol):
         self._fed = 0  # bytes of an unfinished head
         self._informational = 0
         self._expects_body = True
+        self._chunked = False  # the request's body is
 
     # An exchange
 
-    def begin(self, method: bytes) -> None:
-        """Make ready for the answer to a request; its head and body then go through ``write``."""
+    def request(self, method: bytes, target: bytes, host: bytes, fields: bytes, framing: bytes, body: bytes) -> None:
+        """Open an exchange: send a request's head, and what there is of its body."""
         self.awaited = True
         self.head_complete = self.complete = False
         self._expects_body = method != b"HEAD"
@@ -107,11 +97,19 @@ class Http1Connection(asyncio.Protocol):
             self._chunks, self._held = [], 0
         if self.is_closing:
             self._fail(Cause.RESET, "The service closed the connection without an answer")
+        self._chunked = framing.startswith(b"transfer-encoding")
+        head = (method, b" ", target, b" HTTP/1.1\r\nhost: ", host, b"\r\n", fields, framing, b"\r\n", body)
+        self._send(b"".join(head))
 
-    def write(self, data: bytes) -> None:
-        """Send a part of the request."""
-        if self.error is None and self.transport is not None:
-            self.transport.write(data)
+    def write(self, part: bytes) -> None:
+        """Send a further part of the request's body."""
+        if part:  # an empty chunk would end it
+            self._send(b"%x\r\n%b\r\n" % (len(part), part) if self._chunked else part)
+
+    def end_body(self) -> None:
+        """The request's body is whole."""
+        if self._chunked:
+            self._send(b"0\r\n\r\n")
 
     async def drain(self) -> None:
         """Wait until the service takes more of the request's body."""
@@ -147,7 +145,7 @@ class Http1Connection(asyncio.Protocol):
 
     @property
     def silent(self) -> bool:
-        """No byte of an answer has come since ``begin``."""
+        """No byte of an answer has come since ``request``."""
         return not self.head_complete and not self._fed
 
     @property
@@ -304,6 +302,10 @@ class Http1Connection(asyncio.Protocol):
             raise _UnfitAnswerError("The service's answer is framed in a way that is ambiguous or unknown")
         if self._parser.get_http_version() != "1.1":
             raise _UnfitAnswerError("The service sent chunks in HTTP/1.0")
+
+    def _send(self, data: bytes) -> None:
+        if self.error is None and self.transport is not None:
+            self.transport.write(data)
 
     def _fail(self, cause: Cause, message: str) -> None:
         if self.error is None:

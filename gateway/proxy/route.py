@@ -1,14 +1,103 @@
 """What the gateway keeps for one service while it runs: connections to its replicas, and what is known of them."""
 
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import cache
+from typing import Any, Protocol
 
 from gateway.policies.replicas import Replicas
 from gateway.policies.retry import RetryBudget
 from gateway.policies.services import Service
+from gateway.problems import ForwardingError
+from gateway.proxy.headers import Header
 from gateway.proxy.pool import Address, ConnectionPool
 from gateway.proxy.timers import TimerWheel
+
+
+class UpstreamConnection(Protocol):
+    """A connection to a replica, carrying one exchange at a time.
+
+    An exchange is ``request``; where that did not take the whole body, any number of ``write`` and ``drain``, then
+    ``end_body``; and ``progress`` as often as it takes: until ``head_complete``, then, taking what has come with
+    ``take``, until ``complete``. What goes wrong on the connection is raised as ``ForwardingError`` by ``drain`` and
+    ``progress``.
+
+    Attributes:
+        status: of the answer, once ``head_complete``, as the next three. Informational answers are passed over.
+        headers: of the answer as they came, names in lower case.
+        fields: the same by name, the last of each.
+        content_length: of the answer's body, where it announced one.
+        complete: the whole answer has come.
+        error: what went wrong on the connection.
+        served: how many exchanges it has completed.
+        idle_since: when the last ended, seconds on the event loop's clock.
+    """
+
+    status: int
+    headers: list[Header]
+    fields: dict[bytes, bytes]
+    content_length: int | None
+    head_complete: bool
+    complete: bool
+    error: ForwardingError | None
+    served: int
+    idle_since: float
+
+    @property
+    def silent(self) -> bool:
+        """No byte of an answer has come since ``request``."""
+
+    @property
+    def reusable(self) -> bool:
+        """The answer came whole, nothing came behind it, and both sides want another."""
+
+    def request(self, method: bytes, target: bytes, host: bytes, fields: bytes, framing: bytes, body: bytes) -> None:
+        """Open an exchange.
+
+        Args:
+            method: of the request.
+            target: as it goes into the request line.
+            host: the value of ``Host``.
+            fields: the other fields that are sent, as a block of ``name: value`` lines, each with its line end.
+            framing: ``content-length: N`` or ``transfer-encoding: chunked`` as such a line; empty without a body.
+            body: all of it, or nothing where it is still coming.
+        """
+
+    def write(self, part: bytes) -> None:
+        """Send a further part of the request's body."""
+
+    def end_body(self) -> None:
+        """The request's body is whole; to be called where it came through ``write``."""
+
+    async def drain(self) -> None:
+        """Wait until the service takes more of the request's body."""
+
+    def progress(self) -> Awaitable[None]:
+        """To be awaited for more of the answer than there is."""
+
+    def take(self) -> bytes:
+        """What has come of the answer's body since the last call."""
+
+    def abort(self) -> None:
+        """Close at once, whatever is under way: the service sees its caller leave."""
+
+
+class UpstreamPool(Protocol):
+    """The connections to one replica; ``ConnectionPool`` says what each method does."""
+
+    address: Address
+
+    @property
+    def open(self) -> int: ...
+    @property
+    def idle(self) -> int: ...
+    @property
+    def full(self) -> bool: ...
+    def take_idle(self, now: float) -> UpstreamConnection | None: ...
+    async def reserve(self) -> UpstreamConnection | None: ...
+    async def connect(self) -> UpstreamConnection: ...
+    def give_back(self, connection: Any) -> None: ...  # one of its own
+    def close_idle(self) -> None: ...
 
 
 class Route:
@@ -32,7 +121,9 @@ class Route:
         self.budget = RetryBudget()
         self.tls = tls_context(service.ca_file) if any(url.startswith("https:") for url in service.replicas) else None
         limit = min(max_connections, service.max_in_flight or max_connections)
-        self.pools = {url: ConnectionPool(Address.parse(url), limit=limit, tls=self.tls) for url in service.replicas}
+        self.pools: Mapping[str, UpstreamPool] = {
+            url: ConnectionPool(Address.parse(url), limit=limit, tls=self.tls) for url in service.replicas
+        }
 
     @property
     def open_connections(self) -> int:
