@@ -157,7 +157,6 @@ class ConnectionPool:
         if not connection.reusable:
             connection.abort()  # its place is freed when it is lost
             return
-        connection.end()
         while self._waiting:
             waiting = self._waiting.popleft()
             if not waiting.done():

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
+from gateway.policies import framing
 from gateway.policies.edge import EdgeLimits
+from gateway.policies.framing import ALPHANUMERIC, CONTROLS, DIGITS, HEX_DIGITS
 
 Header = tuple[bytes, bytes]
 
 LONGEST_PATH = 512  # characters told of a refused one; they may take six times as much in a line of at most 4,096
-MAX_CHUNK_OVERHEAD = 4096  # bytes of chunk extensions and trailers in one body ...
-ALLOWED_PER_CHUNK = 16  # ... beyond so many for each chunk
 
 # What the reference parser, llhttp, knows; any other method is malformed to it, and so to us.
 _METHODS = """
@@ -25,13 +25,9 @@ _METHODS = """
 METHODS = {name.encode(): name for name in _METHODS.split()}
 VERSIONS = {b"HTTP/1.1": "1.1", b"HTTP/1.0": "1.0"}
 
-DIGITS = b"0123456789"
-HEX_DIGITS = b"0123456789abcdefABCDEF"
-ALPHANUMERIC = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-TOKEN = ALPHANUMERIC + b"!#$%&'*+-.^_`|~"  # RFC 9110, 5.6.2
+TOKEN = framing.TOKEN
 IN_HOST = ALPHANUMERIC + b"-._~%!$&'()*+;=:[]"  # RFC 3986, 3.2.2, without the comma, which would join two fields
 IN_ID = ALPHANUMERIC + b"._-"
-CONTROLS = bytes([*range(9), *range(10, 32), 127])  # all but the tab
 NOT_IN_TARGET = bytes([*range(33), 127]) + b"#"  # bytes above 127 pass: they are some clients' UTF-8
 
 # Fields that decide how a message is read or whom it is from: some services take `_` for `-`, so that
@@ -254,19 +250,10 @@ def too_long_a_line() -> RefusedError:
     return RefusedError(414, "uri_too_long", "The request line is too long")
 
 
-class ChunkedBody:
-    """A chunked body, decoded as it comes; extensions and trailers are read over and forgotten.
+class ChunkedBody(framing.ChunkedBody):
+    """A request's chunked body, decoded as it comes."""
 
-    Trailers never become headers: an ``Authorization`` among them would be one that nobody has checked.
-    """
-
-    __slots__ = ("_overhead", "_partial", "_reading", "_remaining")
-
-    def __init__(self) -> None:
-        self._reading = _SIZE
-        self._partial = b""  # what came of a line that is not whole yet
-        self._remaining = 0  # bytes of the current chunk
-        self._overhead = 0
+    __slots__ = ()
 
     def feed(self, data: bytes) -> tuple[bytes, bytes | None]:
         """Take bytes off the connection.
@@ -277,61 +264,10 @@ class ChunkedBody:
         Raises:
             RefusedError: with 400; the framing is unsound, or too much of it.
         """
-        pieces: list[bytes] = []
-        data = self._partial + data
-        at = 0
-        while True:
-            if self._reading == _CHUNK:
-                piece = data[at : at + self._remaining]
-                pieces.append(piece)
-                at += len(piece)
-                self._remaining -= len(piece)
-                if self._remaining:
-                    break
-                self._reading = _CHUNK_END
-            end = data.find(b"\r\n", at)
-            if end < 0:
-                self._look_at_partial(data[at:])
-                break
-            line = data[at:end]
-            at = end + 2
-            if self._reading == _TRAILERS and not line:
-                return b"".join(pieces), data[at:]
-            self._read_line(line)
-        self._partial = data[at:]
-        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), None
-
-    def _read_line(self, line: bytes) -> None:
-        if self._reading == _CHUNK_END:
-            if line:
-                raise _malformed("A chunk of the request's body does not end where it should")
-            self._reading = _SIZE
-            return
-        self._overhead += len(line) + 2
-        if len(line.translate(None, CONTROLS)) != len(line):
-            raise _malformed("The framing of the request's body has a control character in it")
-        if self._reading == _SIZE:
-            self._overhead -= min(len(line) + 2, ALLOWED_PER_CHUNK)
-            size = line.partition(b";")[0]
-            if not 0 < len(size) <= 15 or size.translate(None, HEX_DIGITS):
-                raise _malformed("A chunk of the request's body has a malformed size")
-            self._remaining = int(size, 16)
-            self._reading = _CHUNK if self._remaining else _TRAILERS
-        else:
-            field_name(line.partition(b":")[0])
-        if self._overhead > MAX_CHUNK_OVERHEAD:
-            raise _too_much_framing()
-
-    def _look_at_partial(self, line: bytes) -> None:
-        if line.endswith(b"\r"):
-            line = line[:-1]
-        if len(line) > MAX_CHUNK_OVERHEAD:
-            raise _too_much_framing()
-        if line and (self._reading == _CHUNK_END or len(line.translate(None, CONTROLS)) != len(line)):
-            raise _malformed("The framing of the request's body is malformed")
-
-
-_SIZE, _CHUNK, _CHUNK_END, _TRAILERS = range(4)
+        try:
+            return super().feed(data)
+        except framing.MalformedError as error:
+            raise _malformed(f"The request's {error}") from None
 
 
 def _understand(request: RequestHead, fields: list[Header]) -> None:
@@ -454,7 +390,3 @@ def _malformed(message: str) -> RefusedError:
 
 def _too_large() -> RefusedError:
     return RefusedError(431, "head_too_large", "The request's header is too large")
-
-
-def _too_much_framing() -> RefusedError:
-    return _malformed("The request's body has too much framing")
