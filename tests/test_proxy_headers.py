@@ -45,7 +45,7 @@ def test_what_of_a_request_crosses_as_it_is(headers: Headers, expected: Headers)
     ],
 )
 def test_what_of_an_answer_reaches_the_client(headers: Headers, expected: Headers) -> None:
-    assert answer_fields(headers, dict(headers)) == expected
+    assert answer_fields(headers) == expected
 
 
 def forwarded(

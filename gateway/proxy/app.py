@@ -48,7 +48,6 @@ class ProxyApp:
         # The same for all workers and pods of one configuration, another for a gateway before or behind this one.
         digest = blake2s(repr(self.services.services).encode(), digest_size=4).hexdigest()
         self.via = b"ai-gateway-" + digest.encode()
-        self.exchanges: set[Exchange] = set()
         self._settled: SettledLoop | None = None
         self._wheel: TimerWheel | None = None
         self._random = random
@@ -88,13 +87,19 @@ class ProxyApp:
         return context.service is not None
 
     @property
+    def exchanges(self) -> list[Exchange]:
+        """The HTTP requests under way."""
+        watched = () if self._wheel is None else self._wheel.watched()
+        return [deadline for deadline in watched if isinstance(deadline, Exchange)]
+
+    @property
     def open_connections(self) -> int:
         """To all services."""
         return sum(route.open_connections for route in self._routes.values())
 
     def cut(self) -> None:
         """End every answer that still runs: with an ``error`` event where that is possible (RESILIENCE.md, 6)."""
-        for exchange in list(self.exchanges):
+        for exchange in self.exchanges:
             exchange.abort(ForwardingError(Cause.SHUTDOWN, "The gateway is shutting down"))
 
     async def aclose(self) -> None:

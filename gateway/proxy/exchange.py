@@ -14,7 +14,7 @@ from gateway.context import OUTCOMES, Cause, RequestContext, is_failure
 from gateway.policies.circuit_breaker import Outcome
 from gateway.policies.retry import may_resend
 from gateway.problems import ForwardingError, answer, error_body
-from gateway.proxy.headers import Header, RequestFields, answer_fields, forwarding_fields
+from gateway.proxy.headers import Header, RequestFields, forwarding_fields
 from gateway.proxy.pool import Address
 from gateway.proxy.route import Route, UpstreamConnection, UpstreamPool
 from gateway.proxy.timers import Deadline
@@ -62,14 +62,18 @@ class Exchange(Deadline):
     _aborted: ForwardingError | None = None
     _listener: asyncio.Task[None] | None = None  # reads what the client still sends, and whether it leaves
     _connection: UpstreamConnection | None = None
+    _first_part = b""  # of the body
+    _uploaded = False  # the whole body came and was passed on
+    _kept: list[bytes] | None = None  # a streamed body so far, while it may have to be sent again
     _kept_bytes = 0
+    _tried: tuple[str, ...] = ()  # replicas
     _status = 0  # of the service's last answer
     _streamed = False  # the body went to a replica as it came
+    _over = False  # the client has its answer, or is told why not
     _started = False  # something was sent to the client
     _streams_events = False
     _tail = b""  # of a stream of events
     _phase = CLIENT_TOO_SLOW  # what it means if `_phase_ends` passes
-    _phase_ends = NEVER
     _answer_ends = NEVER
     _allowed_until = NEVER  # by the caller
     _ends = NEVER  # the earlier of these two
@@ -77,19 +81,17 @@ class Exchange(Deadline):
     def __init__(
         self, proxy: "ProxyApp", route: Route, scope: Scope, receive: Receive, send: Send, context: RequestContext
     ) -> None:
-        self._now = now = route.loop.time
-        self.due = now() + LISTEN_AFTER
-        self._slot = None
         self.proxy = proxy
         self.route = route
         self.scope = scope
         self.receive = receive
         self.send = send
         self.context = context
-        self._method: bytes = scope["method"].encode()
-        self._first_part = b""  # of the body
-        self._uploaded = False  # the whole body came and was passed on
-        self._kept: list[bytes] | None = None  # a streamed body so far, while it may have to be sent again
+        self._now = route.loop.time
+        now = self._now()
+        self._phase_ends = ends = now + route.service.timeouts.client
+        self.due = min(ends, now + LISTEN_AFTER)
+        self._fields = RequestFields(scope["headers"])
 
     async def run(self) -> None:
         """Forward the request and answer the client.
@@ -97,15 +99,20 @@ class Exchange(Deadline):
         Raises:
             ConnectionAbortedError: the answer had begun and can't be had whole: the client's connection must be cut.
         """
-        route, context, exchanges = self.route, self.context, self.proxy.exchanges
+        route, context = self.route, self.context
         task = asyncio.current_task(route.loop)  # told which, it need not ask the kernel
         assert task is not None
         self._task = task
         route.wheel.add(self)
-        exchanges.add(self)
         error = None
         try:
-            await self._forward()
+            self._refuse_unfit()
+            self._take_first(await self.receive())
+            head = self._head()
+            route.budget.deposit(self._now())
+            while (wait := await self._attempt(head)) is not None:
+                self._expect(Cause.CLIENT_DEADLINE, NEVER)
+                await asyncio.sleep(wait)
             in_band = self._streams_events and ends_in_error(self._tail)
             context.cause = Cause.ERROR_EVENT if in_band else COMPLETED
         except ForwardingError as raised:
@@ -115,7 +122,7 @@ class Exchange(Deadline):
             error = self._own_abort(cancelled)
         finally:
             route.wheel.remove(self)
-            exchanges.discard(self)
+            self._over = True
             if self._listener is not None:
                 self._listener.cancel()
         if error is not None:
@@ -124,58 +131,23 @@ class Exchange(Deadline):
 
     def abort(self, error: ForwardingError) -> None:
         """End the request now, wherever it waits."""
-        if self._aborted is None and self in self.proxy.exchanges:
+        if self._aborted is None and not self._over:
             self._aborted = error
             self._task.cancel()
 
     # The way there
 
-    async def _forward(self) -> None:
-        fields = RequestFields(self.scope["headers"])
-        self._refuse_unfit(fields)
-        now, route, context = self._now, self.route, self.context
-        self._expect(CLIENT_TOO_SLOW, route.service.timeouts.client)
-        self._take_first(await self.receive())
-        head = self._head(fields)
-        route.budget.deposit(now())
-        tried: list[str] = []
-        while True:
-            place = route.replicas.choose(now(), tried)
-            address = place.address
-            tried.append(address)
-            context.attempts += 1
-            context.replica = address
-            failure, wait, outcome = None, None, NEUTRAL
-            try:
-                wait = await self._attempt(route.pools[address], head, fields)
-                failed = is_failure(self._status) or (self._streams_events and ends_in_error(self._tail))
-                outcome = FAILURE if failed else SUCCESS
-            except ForwardingError as error:
-                failure = error
-            except asyncio.CancelledError as cancelled:
-                failure = self._own_abort(cancelled)
-            finally:
-                if failure is not None:
-                    outcome = OUTCOMES[failure.cause]
-                place.finish(outcome, now())
-                silent = self._connection is not None and self._let_go()
-            if failure is not None:
-                wait = self._wait_to_resend(fields, failure=failure, silent=silent)
-                if wait is None:
-                    raise failure
-            elif wait is None:
-                return
-            self._expect(Cause.CLIENT_DEADLINE, NEVER)
-            await asyncio.sleep(wait)
-
-    def _refuse_unfit(self, fields: RequestFields) -> None:
+    def _refuse_unfit(self) -> None:
         """What can be told from the head alone, before the body costs anything."""
-        by_name = fields.by_name
+        length = self._fields.length
+        if length is not None and int(length) > self.route.service.max_body_bytes:
+            raise self._too_large()
+        if self._fields.plain:
+            return
+        by_name = self._fields.by_name
         if b"x-request-timeout-ms" in by_name:
             self._allow(by_name[b"x-request-timeout-ms"])
-        if fields.length is not None and int(fields.length) > self.route.service.max_body_bytes:
-            raise self._too_large()
-        if b"via" in by_name and self.proxy.via in by_name[b"via"]:
+        if self.proxy.via in by_name.get(b"via", b""):
             message = "The request has come through this gateway before"
             raise ForwardingError(Cause.REFUSED, message, status=508, reason="loop")
 
@@ -190,13 +162,13 @@ class Exchange(Deadline):
         if self._ends < self.due:
             self.route.wheel.bring_forward(self, self._ends)
 
-    def _head(self, fields: RequestFields) -> bytes:
+    def _head(self) -> bytes:
         """The fields that are the same at each attempt: all but ``Host`` and the body's framing."""
-        scope, proxy = self.scope, self.proxy
+        scope, proxy, fields = self.scope, self.proxy, self._fields
         client = scope.get("client")
         peer = client[0] if client else ""
         scheme = b"https" if scope.get("scheme") == "https" else b"http"
-        trusted = proxy.trusted.trusts(peer)
+        trusted = not fields.plain and proxy.trusted.trusts(peer)
         return fields.kept + forwarding_fields(
             fields, peer=peer.encode(), trusted=trusted, scheme=scheme, via=proxy.via
         )
@@ -226,40 +198,70 @@ class Exchange(Deadline):
 
     # One attempt
 
-    async def _attempt(self, pool: UpstreamPool, head: bytes, fields: RequestFields) -> float | None:
+    async def _attempt(self, head: bytes) -> float | None:
         """Send the request to a replica and stream its answer to the client.
 
         Returns:
-            None where the client has its answer; seconds to wait where the service refused and it may be sent again.
+            None where the client has its answer; seconds to wait before another attempt.
+
+        Raises:
+            ForwardingError: it failed, and another is not safe.
         """
-        connection = pool.take_idle(self._now())
+        now, route, context = self._now, self.route, self.context
+        began = now()
+        place = route.replicas.choose(began, self._tried)
+        address = context.replica = place.address
+        context.attempts += 1
+        failure, wait, outcome = None, None, NEUTRAL
+        try:
+            pool = route.pools[address]
+            connection = self._connection = pool.take_idle(began) or await self._connect(pool)
+            self._dispatch(connection, pool.address, head)
+            while not connection.head_complete:
+                await connection.progress()
+            if connection.error is not None and not connection.complete:  # nothing was sent: it can be a whole error
+                raise connection.error
+
+            self._status = status = connection.status
+            failed = is_failure(status)
+            if failed or status == 429:
+                wait = self._wait_to_resend(refusal=connection)
+            if wait is None:
+                await self._stream_back(connection, pool)
+                failed = failed or (self._streams_events and ends_in_error(self._tail))
+            elif connection.complete:
+                self._give_back(pool)
+            outcome = FAILURE if failed else SUCCESS
+        except ForwardingError as error:
+            failure = error
+        except asyncio.CancelledError as cancelled:
+            failure = self._own_abort(cancelled)
+        finally:
+            if failure is not None:
+                outcome = OUTCOMES[failure.cause]
+            place.finish(outcome, now())
+            silent = self._connection is not None and self._let_go()
+        if failure is not None:
+            wait = self._wait_to_resend(failure=failure, silent=silent)
+            if wait is None:
+                raise failure
+        if wait is not None:
+            self._tried += (address,)
+        return wait
+
+    async def _connect(self, pool: UpstreamPool) -> UpstreamConnection:
+        """A connection where none was idle: a new one, or one that another request gives back."""
+        timeouts = self.route.service.timeouts
+        if pool.full:
+            self._expect(Cause.NO_CONNECTION, timeouts.pool)
+        connection = await pool.reserve()
         if connection is None:
-            timeouts = self.route.service.timeouts
-            if pool.full:
-                self._expect(Cause.NO_CONNECTION, timeouts.pool)
-            connection = await pool.reserve()
-            if connection is None:
-                self._expect(Cause.CONNECT_TIMEOUT, timeouts.connect)
-                connection = await pool.connect()
-        self._connection = connection
-        self._dispatch(connection, pool.address, head, fields)
-        while not connection.head_complete:
-            await connection.progress()
-        if connection.error is not None and not connection.complete:  # nothing was sent: it can still be a whole error
-            raise connection.error
+            self._expect(Cause.CONNECT_TIMEOUT, timeouts.connect)
+            connection = await pool.connect()
+        return connection
 
-        self._status = status = connection.status
-        if status == 429 or is_failure(status):
-            wait = self._wait_to_resend(fields, refusal=connection)
-            if wait is not None:
-                if connection.complete:
-                    self._give_back(pool)
-                return wait
-        await self._stream_back(connection, pool)
-        return None
-
-    def _dispatch(self, connection: UpstreamConnection, address: Address, head: bytes, fields: RequestFields) -> None:
-        scope, service, length = self.scope, self.route.service, fields.length
+    def _dispatch(self, connection: UpstreamConnection, address: Address, head: bytes) -> None:
+        scope, service, fields = self.scope, self.route.service, self._fields
         target = address.path + (scope.get("raw_path") or quote(scope["path"]).encode())
         if scope.get("query_string"):
             target += b"?" + scope["query_string"]
@@ -269,20 +271,20 @@ class Exchange(Deadline):
         if self.context.attempts > 1:
             head += b"x-gateway-attempt: %d\r\n" % self.context.attempts
         if not self._uploaded:
+            length = fields.length
             framing = b"transfer-encoding: chunked\r\n" if length is None else b"content-length: %b\r\n" % length
-            connection.request(self._method, target, host, head, framing, b"")
+            connection.request(scope["method"].encode(), target, host, head, framing, b"")
             self._streamed = True
             self._listen(partial(self._upload, connection))
             return
         body = self._first_part if self._kept is None else b"".join(self._kept)
-        has_body = body or length is not None or b"transfer-encoding" in fields.by_name
+        has_body = body or fields.length is not None or (not fields.plain and b"transfer-encoding" in fields.by_name)
         framing = b"content-length: %d\r\n" % len(body) if has_body else b""
-        connection.request(self._method, target, host, head, framing, body)
+        connection.request(scope["method"].encode(), target, host, head, framing, body)
         self._expect(FIRST_BYTE_TIMEOUT, service.timeouts.first_byte)
 
     def _wait_to_resend(
         self,
-        fields: RequestFields,
         *,
         failure: ForwardingError | None = None,
         refusal: UpstreamConnection | None = None,
@@ -291,7 +293,6 @@ class Exchange(Deadline):
         """Seconds after which the request is sent again, or None where the client gets what there is.
 
         Args:
-            fields: of the request.
             failure: what broke the attempt.
             refusal: a connection on which an answer began that may call for another attempt.
             silent: the connection had been used before, and closed before a byte of the answer.
@@ -311,7 +312,7 @@ class Exchange(Deadline):
             reused_and_silent=silent,
             status=None if refusal is None else refusal.status,
             retry_after=None if refusal is None else retry_after(refusal.headers),
-            keyed=fields.keyed,
+            keyed=self._fields.keyed,
             all_methods=service.retry_all_methods,
             replayable=not self._streamed or (self._uploaded and self._kept is not None),
             sent_to_client=self._started,
@@ -322,7 +323,7 @@ class Exchange(Deadline):
     async def _stream_back(self, connection: UpstreamConnection, pool: UpstreamPool) -> None:
         context, send = self.context, self.send
         status, complete = connection.status, connection.complete
-        headers = answer_fields(connection.headers, connection.fields)
+        headers = connection.headers
         if status == 304 and "gateway.server" not in (self.scope.get("extensions") or ()):
             headers = [header for header in headers if header[0] != b"content-length"]  # uvicorn would wait for a body
         data = connection.take()
@@ -451,8 +452,7 @@ class Exchange(Deadline):
             if self._listener is None and self._uploaded:
                 self._listen(self._watch_client)
             again = LOOK_AGAIN if self._listener is not None else LISTEN_AFTER  # the body may still be awaited
-            self.due = min(self._phase_ends, self._ends, now + again)
-            self.route.wheel.add(self)
+            self.route.wheel.bring_forward(self, min(self._phase_ends, self._ends, now + again))
 
     def _abort(self, cause: Cause) -> None:
         self.abort(ForwardingError(cause, TOO_LATE[cause]))

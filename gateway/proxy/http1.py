@@ -7,7 +7,8 @@ from typing import cast
 from gateway.context import Cause
 from gateway.policies.framing import ChunkedBody, MalformedError
 from gateway.problems import ForwardingError
-from gateway.proxy.answers import CHUNKED, UNTIL_CLOSE, Header, read_head, refuse_early
+from gateway.proxy.answers import CHUNKED, UNTIL_CLOSE, read_head, refuse_early
+from gateway.proxy.headers import Header
 
 HIGH_WATER = 64 * 1024  # bytes of an answer held here before the service is made to wait
 MAX_INFORMATIONAL = 8  # EDGE.md, 37
@@ -37,7 +38,6 @@ class Http1Connection(asyncio.Protocol):
         "complete",
         "content_length",
         "error",
-        "fields",
         "head_complete",
         "headers",
         "idle_since",
@@ -51,7 +51,6 @@ class Http1Connection(asyncio.Protocol):
 
     status: int
     headers: list[Header]
-    fields: dict[bytes, bytes]
     content_length: int | None
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -201,12 +200,13 @@ class Http1Connection(asyncio.Protocol):
                 self._partial = data
                 refuse_early(data)
                 return b""
-            status, headers, fields, length, goes_on = read_head(data[:end])
+            status, headers, length, goes_on = read_head(data[:end])
             data = data[end + 4 :]
             if status >= 200:
                 break
             self._pass_over(status)
-        self.status, self.headers, self.fields = status, headers, fields
+        self.status = status
+        self.headers = headers.copy()
         self.content_length = length if length >= 0 else None
         self._goes_on = goes_on and length != UNTIL_CLOSE
         self._informational = 0

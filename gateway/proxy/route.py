@@ -23,9 +23,9 @@ class UpstreamConnection(Protocol):
     ``progress``.
 
     Attributes:
-        status: of the answer, once ``head_complete``, as the next three. Informational answers are passed over.
-        headers: of the answer as they came, names in lower case.
-        fields: the same by name, the last of each.
+        status: of the answer, once ``head_complete``, as the next two. Informational answers are passed over.
+        headers: of the answer, names in lower case, without those that are for this connection only
+            (``answer_fields``); the caller may change them.
         content_length: of the answer's body, where it announced one.
         complete: the whole answer has come.
         error: what went wrong on the connection.
@@ -35,7 +35,6 @@ class UpstreamConnection(Protocol):
 
     status: int
     headers: list[Header]
-    fields: dict[bytes, bytes]
     content_length: int | None
     head_complete: bool
     complete: bool

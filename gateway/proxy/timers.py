@@ -36,6 +36,10 @@ class TimerWheel:
     def __len__(self) -> int:
         return sum(map(len, self._slots.values()))
 
+    def watched(self) -> list[Deadline]:
+        """All deadlines that it watches."""
+        return [deadline for slot in self._slots.values() for deadline in slot]
+
     def add(self, deadline: Deadline) -> None:
         """Watch a deadline until it fires or is removed."""
         tick = int(deadline.due / TICK) + 1
@@ -55,12 +59,10 @@ class TimerWheel:
             deadline._slot = None
 
     def bring_forward(self, deadline: Deadline, due: float) -> None:
-        """Move ``due``, earlier as well as later. (Later alone needs no call: the wheel looks again when it fires.)"""
-        earlier = due < deadline.due
+        """Move ``due``, to any time. (To a later one needs no call: the wheel looks again when it fires.)"""
+        self.remove(deadline)
         deadline.due = due
-        if earlier:
-            self.remove(deadline)
-            self.add(deadline)
+        self.add(deadline)
 
     def close(self) -> None:
         """Forget all."""

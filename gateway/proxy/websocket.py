@@ -146,7 +146,7 @@ def _accepted(upstream: ClientConnection) -> Message:
     assert upstream.response is not None
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in upstream.response.headers.raw_items()]
     own = {b"sec-websocket-accept", b"sec-websocket-extensions", b"sec-websocket-protocol", b"date", b"server"}
-    headers = [header for header in answer_fields(raw, dict(raw)) if header[0] not in own]
+    headers = [header for header in answer_fields(raw) if header[0] not in own]
     return {"type": "websocket.accept", "subprotocol": upstream.subprotocol, "headers": headers}
 
 
@@ -157,7 +157,7 @@ async def _deny(scope: Scope, send: Send, response: Response) -> None:
         return
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in response.headers.raw_items()]
     body = bytes(response.body or b"")
-    headers = [header for header in answer_fields(raw, dict(raw)) if header[0] != b"content-length"]
+    headers = [header for header in answer_fields(raw) if header[0] != b"content-length"]
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "websocket.http.response.start", "status": response.status_code, "headers": headers})
     await send({"type": "websocket.http.response.body", "body": body, "more_body": False})
