@@ -90,16 +90,17 @@ class RetryBudget:
 
     def __init__(self) -> None:
         self._deposits = [0] * self.LIFETIME  # by second, the newest at `_second % LIFETIME`
-        self._total = 0
+        self._total = 0  # of them, without those that are `_fresh`
+        self._fresh = 0  # deposits of the newest second, not among the others yet
         self._second = 0
+        self._second_ends = 1
         self._reserve_empty_at = -inf  # the reserve is the seconds since then, up to its bound
 
     def deposit(self, now: float) -> None:
         """Count a request, once, however often it will be sent."""
-        if now >= self._second + 1:
+        if now >= self._second_ends:
             self._expire(now)
-        self._deposits[self._second % self.LIFETIME] += 1
-        self._total += 1
+        self._fresh += 1
 
     def take(self, now: float) -> bool:
         """Spend a retry, if there is one."""
@@ -114,11 +115,15 @@ class RetryBudget:
         return False
 
     def _expire(self, now: float) -> None:
+        self._deposits[self._second % self.LIFETIME] += self._fresh
+        self._total += self._fresh
+        self._fresh = 0
         second = int(now)
         for passed in range(self._second + 1, min(second, self._second + self.LIFETIME) + 1):
             self._total -= self._deposits[passed % self.LIFETIME]
             self._deposits[passed % self.LIFETIME] = 0
         self._second = max(self._second, second)
+        self._second_ends = self._second + 1
 
     def _spend_oldest(self) -> None:
         self._total -= self.PRICE

@@ -14,7 +14,7 @@ from gateway.context import OUTCOMES, Cause, RequestContext, is_failure
 from gateway.policies.circuit_breaker import Outcome
 from gateway.policies.retry import may_resend
 from gateway.problems import ForwardingError, answer, error_body
-from gateway.proxy.headers import Header, RequestFields, forwarding_fields
+from gateway.proxy.headers import Header, RequestFields
 from gateway.proxy.pool import Address
 from gateway.proxy.route import Route, UpstreamConnection, UpstreamPool
 from gateway.proxy.timers import Deadline
@@ -67,7 +67,7 @@ class Exchange(Deadline):
     _kept: list[bytes] | None = None  # a streamed body so far, while it may have to be sent again
     _kept_bytes = 0
     _tried: tuple[str, ...] = ()  # replicas
-    _status = 0  # of the service's last answer
+    _outcome = NEUTRAL  # of the last attempt that had an answer
     _streamed = False  # the body went to a replica as it came
     _over = False  # the client has its answer, or is told why not
     _started = False  # something was sent to the client
@@ -99,7 +99,7 @@ class Exchange(Deadline):
         Raises:
             ConnectionAbortedError: the answer had begun and can't be had whole: the client's connection must be cut.
         """
-        route, context = self.route, self.context
+        now, route, context = self._now, self.route, self.context
         task = asyncio.current_task(route.loop)  # told which, it need not ask the kernel
         assert task is not None
         self._task = task
@@ -109,20 +109,41 @@ class Exchange(Deadline):
             self._refuse_unfit()
             self._take_first(await self.receive())
             head = self._head()
-            route.budget.deposit(self._now())
-            while (wait := await self._attempt(head)) is not None:
+            route.budget.deposit(now())
+            while True:
+                place = route.replicas.choose(now(), self._tried)
+                context.replica = place.address
+                context.attempts += 1
+                failure, outcome = None, NEUTRAL
+                try:
+                    wait = await self._attempt(route.pools[place.address], head)
+                    outcome = self._outcome
+                except ForwardingError as raised:
+                    failure = raised
+                except asyncio.CancelledError as cancelled:
+                    failure = self._own_abort(cancelled)
+                finally:
+                    if failure is not None:
+                        outcome = OUTCOMES[failure.cause]
+                    place.finish(outcome, now())
+                    silent = self._connection is not None and self._let_go()
+                if failure is not None:
+                    wait = self._wait_to_resend(failure=failure, silent=silent)
+                    if wait is None:
+                        raise failure
+                elif wait is None:
+                    break
+                self._tried += (place.address,)
                 self._expect(Cause.CLIENT_DEADLINE, NEVER)
                 await asyncio.sleep(wait)
-            in_band = self._streams_events and ends_in_error(self._tail)
-            context.cause = Cause.ERROR_EVENT if in_band else COMPLETED
         except ForwardingError as raised:
             error = raised
         except asyncio.CancelledError as cancelled:
             context.cause = Cause.SHUTDOWN
             error = self._own_abort(cancelled)
         finally:
-            route.wheel.remove(self)
             self._over = True
+            route.wheel.remove(self)
             if self._listener is not None:
                 self._listener.cancel()
         if error is not None:
@@ -164,14 +185,10 @@ class Exchange(Deadline):
 
     def _head(self) -> bytes:
         """The fields that are the same at each attempt: all but ``Host`` and the body's framing."""
-        scope, proxy, fields = self.scope, self.proxy, self._fields
+        scope, proxy = self.scope, self.proxy
         client = scope.get("client")
-        peer = client[0] if client else ""
         scheme = b"https" if scope.get("scheme") == "https" else b"http"
-        trusted = not fields.plain and proxy.trusted.trusts(peer)
-        return fields.kept + forwarding_fields(
-            fields, peer=peer.encode(), trusted=trusted, scheme=scheme, via=proxy.via
-        )
+        return self._fields.block(client[0] if client else "", proxy.trusted.trusts, scheme, proxy.via)
 
     def _take_first(self, message: Message) -> None:
         """The first part of the body, which for most requests is all of it."""
@@ -198,56 +215,63 @@ class Exchange(Deadline):
 
     # One attempt
 
-    async def _attempt(self, head: bytes) -> float | None:
+    async def _attempt(self, pool: UpstreamPool, head: bytes) -> float | None:
         """Send the request to a replica and stream its answer to the client.
 
         Returns:
-            None where the client has its answer; seconds to wait before another attempt.
-
-        Raises:
-            ForwardingError: it failed, and another is not safe.
+            None where the client has its answer; seconds to wait where the service refused and it may be sent again.
         """
-        now, route, context = self._now, self.route, self.context
-        began = now()
-        place = route.replicas.choose(began, self._tried)
-        address = context.replica = place.address
-        context.attempts += 1
-        failure, wait, outcome = None, None, NEUTRAL
-        try:
-            pool = route.pools[address]
-            connection = self._connection = pool.take_idle(began) or await self._connect(pool)
-            self._dispatch(connection, pool.address, head)
-            while not connection.head_complete:
-                await connection.progress()
-            if connection.error is not None and not connection.complete:  # nothing was sent: it can be a whole error
-                raise connection.error
+        context, send = self.context, self.send
+        connection = self._connection = pool.take_idle(self._now()) or await self._connect(pool)
+        self._dispatch(connection, pool.address, head)
+        while not connection.head_complete:
+            await connection.progress()
+        complete = connection.complete
+        if connection.error is not None and not complete:  # nothing was sent: it can still be a whole error
+            raise connection.error
 
-            self._status = status = connection.status
-            failed = is_failure(status)
-            if failed or status == 429:
-                wait = self._wait_to_resend(refusal=connection)
-            if wait is None:
-                await self._stream_back(connection, pool)
-                failed = failed or (self._streams_events and ends_in_error(self._tail))
-            elif connection.complete:
+        status = connection.status
+        failed = is_failure(status)
+        self._outcome = FAILURE if failed else SUCCESS
+        if failed or status == 429:
+            wait = self._wait_to_resend(refusal=connection)
+            if wait is not None:
+                if complete:
+                    self._give_back(pool)
+                return wait
+
+        headers, data = connection.headers, connection.take()
+        if status == 304 and "gateway.server" not in (self.scope.get("extensions") or ()):
+            headers = [header for header in headers if header[0] != b"content-length"]  # uvicorn would wait for a body
+        if data:
+            context.first_byte_at = monotonic()
+        if not complete or connection.content_length is None:
+            self._begin_stream(connection)
+        if complete:
+            self._give_back(pool)
+        context.status = status
+        self._started = True
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        while True:
+            context.bytes_out += len(data)
+            if self._streams_events:
+                self._tail = (self._tail + data)[-TAIL_BYTES:]
+            await send({"type": "http.response.body", "body": data, "more_body": not complete})
+            if complete:
+                break
+            self._expect(STALLED, self.route.service.timeouts.between_bytes)
+            while not (data := connection.take()) and not connection.complete:
+                await connection.progress()
+            if context.first_byte_at is None:
+                context.first_byte_at = monotonic()
+            complete = connection.complete
+            if complete:
                 self._give_back(pool)
-            outcome = FAILURE if failed else SUCCESS
-        except ForwardingError as error:
-            failure = error
-        except asyncio.CancelledError as cancelled:
-            failure = self._own_abort(cancelled)
-        finally:
-            if failure is not None:
-                outcome = OUTCOMES[failure.cause]
-            place.finish(outcome, now())
-            silent = self._connection is not None and self._let_go()
-        if failure is not None:
-            wait = self._wait_to_resend(failure=failure, silent=silent)
-            if wait is None:
-                raise failure
-        if wait is not None:
-            self._tried += (address,)
-        return wait
+            self._expect(CLIENT_TOO_SLOW, self.route.service.timeouts.client)
+        context.cause = COMPLETED
+        if self._streams_events and ends_in_error(self._tail):
+            context.cause, self._outcome = Cause.ERROR_EVENT, FAILURE
+        return None
 
     async def _connect(self, pool: UpstreamPool) -> UpstreamConnection:
         """A connection where none was idle: a new one, or one that another request gives back."""
@@ -319,40 +343,6 @@ class Exchange(Deadline):
             probe=context.probe,
         )
         return wait if wait is not None and self.route.budget.take(now) else None
-
-    async def _stream_back(self, connection: UpstreamConnection, pool: UpstreamPool) -> None:
-        context, send = self.context, self.send
-        status, complete = connection.status, connection.complete
-        headers = connection.headers
-        if status == 304 and "gateway.server" not in (self.scope.get("extensions") or ()):
-            headers = [header for header in headers if header[0] != b"content-length"]  # uvicorn would wait for a body
-        data = connection.take()
-        if data:
-            context.first_byte_at = monotonic()
-        if not complete or connection.content_length is None:
-            self._begin_stream(connection)
-        if complete:
-            self._give_back(pool)
-        context.status = status
-        self._started = True
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        while True:
-            if data:
-                context.bytes_out += len(data)
-                if self._streams_events:
-                    self._tail = (self._tail + data)[-TAIL_BYTES:]
-            await send({"type": "http.response.body", "body": data, "more_body": not complete})
-            if complete:
-                return
-            self._expect(STALLED, self.route.service.timeouts.between_bytes)
-            while not (data := connection.take()) and not connection.complete:
-                await connection.progress()
-            if context.first_byte_at is None:
-                context.first_byte_at = monotonic()
-            complete = connection.complete
-            if complete:
-                self._give_back(pool)
-            self._expect(CLIENT_TOO_SLOW, self.route.service.timeouts.client)
 
     def _begin_stream(self, connection: UpstreamConnection) -> None:
         """An answer that is not known whole from its head: bound the time of it, and see of what kind it is."""

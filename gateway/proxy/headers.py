@@ -1,6 +1,6 @@
 """Which header fields cross the gateway, and in which form (RFC 9110 7.6; EDGE.md, 1 to 4, 11, 29 to 34)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import itemgetter
 
@@ -117,7 +117,7 @@ class RequestFields:
     __slots__ = ("_headers", "_shape", "_values", "host", "length", "plain")
 
     def __init__(self, headers: Sequence[Header]) -> None:
-        names, values = zip(*headers, strict=True) if headers else ((), ())
+        names, values = zip(*headers) if headers else ((), ())  # noqa: B905 - an argument more, and they are pairs
         shape = _shapes[names]
         self._headers = headers
         self._values: Values = values
@@ -134,6 +134,22 @@ class RequestFields:
             if options:
                 shape = _Shape(names, options)
         self._shape = shape
+
+    def block(self, peer: str, trusts: Callable[[str], bool], scheme: bytes, via: bytes) -> bytes:
+        """The lines that a service gets of these fields and, through ``forwarding_fields``, about the way here.
+
+        Args:
+            peer: the address of whoever is connected to us; empty on a unix socket.
+            trusts: whether a peer may speak for others.
+            scheme: ``http`` or ``https``, of the connection to us.
+            via: our pseudonym.
+        """
+        host, shape = self.host, self._shape
+        if self.plain and len(host) <= REMEMBERED_BYTES:  # as most requests come
+            forwarding = _first_forwarding(peer, scheme, host, via)
+        else:
+            forwarding = forwarding_fields(self, peer=peer.encode(), trusted=trusts(peer), scheme=scheme, via=via)
+        return shape.lines % shape.pick(self._values) + forwarding
 
     @property
     def kept(self) -> bytes:
@@ -172,24 +188,13 @@ def forwarding_fields(fields: RequestFields, *, peer: bytes, trusted: bool, sche
         scheme: ``http`` or ``https``, of the connection to us.
         via: our pseudonym.
     """
-    if fields.plain and len(fields.host) <= REMEMBERED_BYTES:  # as most requests come
-        return _first_forwarding(peer, scheme, fields.host, via)
-    return _forwarding(fields.by_name, peer, trusted, scheme, via)
-
-
-@lru_cache(maxsize=REMEMBERED)
-def _first_forwarding(peer: bytes, scheme: bytes, host: bytes, via: bytes) -> bytes:
-    """The lines for a client that says nothing of itself but its ``Host``."""
-    return _forwarding({b"host": host}, peer, False, scheme, via)
-
-
-def _forwarding(by_name: Mapping[bytes, bytes], peer: bytes, trusted: bool, scheme: bytes, via: bytes) -> bytes:
+    by_name = fields.by_name
     said = by_name if trusted else {}
     seen = by_name.get(b"via")  # a stranger's too: it only tells of loops
     lines = {
         b"x-forwarded-for": b", ".join(filter(None, (said.get(b"x-forwarded-for"), peer))),
         b"x-forwarded-proto": said.get(b"x-forwarded-proto") or scheme,
-        b"x-forwarded-host": said.get(b"x-forwarded-host") or by_name.get(b"host", b""),
+        b"x-forwarded-host": said.get(b"x-forwarded-host") or fields.host,
         b"x-forwarded-port": said.get(b"x-forwarded-port", b""),
         b"x-forwarded-prefix": said.get(b"x-forwarded-prefix", b""),
         b"x-real-ip": said.get(b"x-real-ip") or (peer if b"x-real-ip" in by_name else b""),
@@ -199,6 +204,13 @@ def _forwarding(by_name: Mapping[bytes, bytes], peer: bytes, trusted: bool, sche
         hop = b'for="[%b]"' % peer if b":" in peer else b"for=%b" % (peer or b"unknown")
         lines[b"forwarded"] = said[b"forwarded"] + b", " + hop
     return b"".join([b"%b: %b\r\n" % line for line in lines.items() if line[1]])
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _first_forwarding(peer: str, scheme: bytes, host: bytes, via: bytes) -> bytes:
+    """These lines for a client that says nothing of itself but its ``Host``: it has us to speak for it."""
+    fields = RequestFields([(b"host", host)])
+    return forwarding_fields(fields, peer=peer.encode(), trusted=False, scheme=scheme, via=via)
 
 
 def answer_fields(headers: list[Header]) -> list[Header]:

@@ -26,13 +26,13 @@ class Http1Connection(asyncio.Protocol):
         "_chunks",
         "_drained",
         "_expects_body",
+        "_framing",
         "_goes_on",
         "_informational",
         "_loop",
         "_partial",
         "_reading_paused",
         "_remaining",
-        "_sends_chunks",
         "_waiter",
         "awaited",
         "complete",
@@ -73,7 +73,7 @@ class Http1Connection(asyncio.Protocol):
         self._body = b""  # what came of it since it was last taken
         self._reading_paused = False
         self._expects_body = True
-        self._sends_chunks = False  # the request's body goes out in chunks
+        self._framing = b""  # of the request's body
 
     # An exchange
 
@@ -82,7 +82,7 @@ class Http1Connection(asyncio.Protocol):
         self.awaited = True
         self.head_complete = self.complete = self.reusable = False
         self._expects_body = method != b"HEAD"
-        self._sends_chunks = framing.startswith(b"transfer-encoding")
+        self._framing = framing
         self._body = b""  # what nobody wanted of the answer before
         if self.is_closing:
             self._fail(Cause.RESET, "The service closed the connection without an answer")
@@ -254,6 +254,10 @@ class Http1Connection(asyncio.Protocol):
             self._reading_paused = True
             assert self.transport is not None
             self.transport.pause_reading()
+
+    @property
+    def _sends_chunks(self) -> bool:
+        return self._framing.startswith(b"transfer-encoding")
 
     def _send(self, data: bytes) -> None:
         if self.error is None and self.transport is not None:
