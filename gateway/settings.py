@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, urlsplit
 from gateway.policies.callers import LOCAL_PEERS, Networks
 from gateway.policies.circuit_breaker import CircuitBreakerConfig
 from gateway.policies.edge import EdgeLimits
-from gateway.policies.services import Service, Timeouts
+from gateway.policies.services import ADDRESS_FORM, Address, Service, Timeouts, has_odd_segments
 
 OnRedisFailure = Literal["local", "open", "closed"]
 OWN_PATHS = ("/health", "/metrics", "/circuit-breakers", "/dashboard")  # the gateway's; no service may cover them
@@ -264,27 +264,18 @@ def _redis_url(text: str) -> str:
 
 def _replicas(text: str) -> tuple[str, ...]:
     addresses = tuple(address.strip().rstrip("/") for address in text.split(","))
-    for address in addresses:
-        parts = urlsplit(_url(address, "http", "https"))
-        if set(address) & set("@?#%\\") or parts.netloc.endswith(":") or _has_odd_segments(parts.path):
-            raise ValueError
-        (parts.hostname or "").encode("idna")  # a name that no resolver could take raises
-    if len(set(addresses)) < len(addresses):
+    if len(set(map(Address.parse, addresses))) < len(addresses):  # parsing raises for the first that is none
         raise ValueError
     return addresses
 
 
 def _prefix(text: str) -> str:
     path = text.rstrip("/")
-    if not path.startswith("/") or not set(path) <= PATH_CHARACTERS or _has_odd_segments(path):
+    if not path or not set(path) <= PATH_CHARACTERS or has_odd_segments(path):
         raise ValueError
     if any(f"{path}/".startswith(f"{own}/") for own in OWN_PATHS):
         raise ValueError
     return path
-
-
-def _has_odd_segments(path: str) -> bool:
-    return any(segment in ("", ".", "..") for segment in path.split("/")[1:])
 
 
 def _ca_file(text: str) -> str:
@@ -325,9 +316,7 @@ REDIS_OPTIONS = frozenset(
 )
 _REDIS = _Kind("redis://host, rediss://host or unix:///path", _redis_url, show=_show_scheme)
 _QDRANT = _Kind("http://host or https://host", lambda text: _url(text, "http", "https"), show=_show_scheme)
-_REPLICAS = _Kind(
-    "http(s)://host[:port][/path] and no more, or several such, comma-separated, no two the same", _replicas
-)
+_REPLICAS = _Kind(f"{ADDRESS_FORM} and no more, or several such, comma-separated, no two the same", _replicas)
 _PREFIX = _Kind(f"a path such as /api/v1/name, without escapes, outside of {' '.join(OWN_PATHS)}", _prefix)
 _CA_FILE = _Kind("a file of certificates in PEM form", _ca_file)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from gateway.context import Cause
+from gateway.policies.services import Address
 from gateway.policies.services import Service as Target
 from gateway.problems import ForwardingError
 from gateway.proxy.app import ProxyApp
 from gateway.proxy.http1 import Http1Connection
-from gateway.proxy.pool import Address, ConnectionPool
+from gateway.proxy.pool import ConnectionPool
 from gateway.proxy.timers import TICK, Deadline, TimerWheel
 from tests.wire import OK, Service, call, read_body, service, serving, until
 

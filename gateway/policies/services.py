@@ -2,13 +2,68 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote_to_bytes, urlsplit
 
+ADDRESS_FORM = "http(s)://host[:port][/path] or unix:/socket[:/path]"
+LONGEST_SOCKET = 107  # bytes of a unix socket's path (unix(7): 108 with the NUL that ends it)
 BACKSLASH, PERCENT = b"\\%"  # a search for a byte by its number is many times faster than by a string of one
 
 
 class UnsafePathError(ValueError):
     """A path that two parsers could read differently, or that would leave its prefix. Says why in plain words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a replica listens.
+
+    Attributes:
+        host: a name or an IP address; ``localhost`` where it listens on a unix socket.
+        port: of TCP.
+        tls: whether to speak TLS.
+        authority: as the ``Host`` field gives it.
+        path: a prefix that goes before every path, without a trailing slash.
+        socket: the path of the unix socket that it listens on, empty where it listens on TCP.
+    """
+
+    host: str
+    port: int
+    tls: bool
+    authority: bytes
+    path: bytes
+    socket: str = ""
+
+    @classmethod
+    def parse(cls, url: str) -> "Address":
+        """An address from ``http://host[:port][/path]``, ``https://...`` or ``unix:/run/name.sock[:/path]``.
+
+        Raises:
+            ValueError: it is not of that form.
+        """
+        if not all("!" <= character <= "~" for character in url) or set(url) & set("@?#%\\,"):
+            raise ValueError(f"{url!r} is not {ADDRESS_FORM}")
+        if url.startswith("unix:"):
+            socket, colon, path = url.removeprefix("unix:").partition(":")
+            if not socket or has_odd_segments(socket) or len(socket) > LONGEST_SOCKET or bool(colon) != bool(path):
+                raise ValueError(f"{url!r} is not unix:/socket[:/path]")
+            host, port, tls, authority = "localhost", 80, False, b"localhost"
+        else:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.netloc.endswith(":"):
+                raise ValueError(f"{url!r} is not {ADDRESS_FORM}")
+            tls = parts.scheme == "https"
+            socket, host, port = "", parts.hostname, (443 if tls else 80) if parts.port is None else parts.port
+            host.encode("idna")  # a name that no resolver could take raises
+            authority, path = parts.netloc.encode(), parts.path
+        path = path.rstrip("/")
+        if port == 0 or has_odd_segments(path):
+            raise ValueError(f"{url!r} is not {ADDRESS_FORM}")
+        return cls(host, port, tls, authority, path.encode(), socket)
+
+
+def has_odd_segments(path: str) -> bool:
+    """Whether two readers could differ on a path: it begins without a slash, or has empty segments or dots."""
+    return path != "" and (path[0] != "/" or any(segment in ("", ".", "..") for segment in path[1:].split("/")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +89,7 @@ class Service:
     Attributes:
         name: as breakers, logs and metrics call it, ``recommendation-service``.
         prefix: the path prefix that leads to it, ``/api/v1/recommendations``.
-        replicas: its addresses, each ``http://host:port[/path]`` or ``https://...``.
+        replicas: its addresses, each as ``Address.parse`` reads it.
         preserve_host: send the client's ``Host`` on, rather than the replica's own.
         max_body_bytes: the largest request body it is sent.
         max_in_flight: requests it may be working on at a time, over this worker; None: no bound of its own.

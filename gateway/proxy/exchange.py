@@ -13,9 +13,9 @@ from starlette.types import Message, Receive, Scope, Send
 from gateway.context import OUTCOMES, Cause, RequestContext, is_failure
 from gateway.policies.circuit_breaker import Outcome
 from gateway.policies.retry import may_resend
+from gateway.policies.services import Address
 from gateway.problems import ForwardingError, answer, error_body
 from gateway.proxy.headers import Header, RequestFields
-from gateway.proxy.pool import Address
 from gateway.proxy.route import Route, UpstreamConnection, UpstreamPool
 from gateway.proxy.timers import Deadline
 

@@ -2,47 +2,62 @@
 
 import asyncio
 import os
+import socket
 import ssl
 from collections import deque
-from dataclasses import dataclass
-from urllib.parse import urlsplit
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from gateway.context import Cause
+from gateway.policies.services import Address
 from gateway.problems import ForwardingError
 from gateway.proxy.http1 import Http1Connection
 
+HEAD_START = 0.25  # seconds that each address of a name gets before the next is tried (RFC 8305, 5)
+Made = TypeVar("Made", bound=asyncio.BaseProtocol)
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a replica listens.
 
-    Attributes:
-        host: a name or an IP address.
-        port: of TCP.
-        tls: whether to speak TLS.
-        authority: as the ``Host`` field gives it.
-        path: a prefix that goes before every path, without a trailing slash.
+async def connect(address: Address, make: Callable[[], Made], tls: ssl.SSLContext | None) -> Made:
+    """A new connection to a replica, read by what ``make`` makes; the caller sets a bound.
+
+    A name is looked up anew each time, so that a changed answer is followed; its addresses are tried in turn. What TLS
+    verifies is that name, and the server is told it (SNI).
+
+    Raises:
+        OSError: the replica can't be reached; TLS errors are among them.
     """
+    loop = asyncio.get_running_loop()
+    if address.socket:
+        return (await loop.create_unix_connection(make, address.socket))[1]
+    connected = await _connected_socket(loop, address)
+    name = address.host if address.tls else None
+    return (await loop.create_connection(make, sock=connected, ssl=tls if name else None, server_hostname=name))[1]
 
-    host: str
-    port: int
-    tls: bool
-    authority: bytes
-    path: bytes
 
-    @classmethod
-    def parse(cls, url: str) -> "Address":
-        """An address from ``http://host[:port][/path]`` or ``https://...``.
+async def _connected_socket(loop: asyncio.AbstractEventLoop, address: Address) -> socket.socket:
+    host, port, kind = address.host, address.port, socket.SOCK_STREAM
+    try:  # an IP address needs no resolver, and so no thread in which others may wait for a name server
+        found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        found = await loop.getaddrinfo(host, port, type=kind)
+    *others, last = [(family, to) for family, _, _, _, to in found]
+    for family, to in others:
+        with suppress(OSError):  # a timeout is one
+            async with asyncio.timeout(HEAD_START):
+                return await _dial(loop, family, to)
+    return await _dial(loop, *last)
 
-        Raises:
-            ValueError: it is not of that form.
-        """
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(f"{url!r} is not http://host[:port][/path] or https://...")
-        tls = parts.scheme == "https"
-        port = parts.port or (443 if tls else 80)
-        return cls(parts.hostname, port, tls, parts.netloc.encode("idna"), parts.path.rstrip("/").encode())
+
+async def _dial(loop: asyncio.AbstractEventLoop, family: int, to: tuple[Any, ...]) -> socket.socket:
+    dialled = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        dialled.setblocking(False)
+        await loop.sock_connect(dialled, to)
+    except BaseException:
+        dialled.close()
+        raise
+    return dialled
 
 
 class ConnectionPool:
@@ -130,16 +145,9 @@ class ConnectionPool:
             ForwardingError: the replica can't be reached.
         """
         loop = asyncio.get_running_loop()
-        address = self.address
         made = False
         try:
-            _, connection = await loop.create_connection(
-                lambda: Http1Connection(loop),
-                address.host,
-                address.port,
-                ssl=self._tls if address.tls else None,
-                server_hostname=address.host if address.tls else None,
-            )
+            connection = await connect(self.address, lambda: Http1Connection(loop), self._tls)
             made = True
         except OSError as error:  # TLS errors are among them
             raise ForwardingError(Cause.CONNECT_FAILED, f"The service can't be reached: {_in_words(error)}") from error
@@ -191,4 +199,6 @@ def _in_words(error: OSError) -> str:
         return f"its certificate is not valid ({error.verify_message})"
     if isinstance(error, ssl.SSLError):
         return "TLS failed"
-    return os.strerror(error.errno).lower() if error.errno and error.errno > 0 else "no such name"
+    if isinstance(error, socket.gaierror):
+        return "no such name" if error.errno == socket.EAI_NONAME else "its name could not be looked up"
+    return os.strerror(error.errno).lower() if error.errno else "the connection broke"

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from gateway.policies.replicas import Replicas
 from gateway.policies.retry import RetryBudget
-from gateway.policies.services import Service
+from gateway.policies.services import Address, Service
 from gateway.problems import ForwardingError
 from gateway.proxy.headers import Header
-from gateway.proxy.pool import Address, ConnectionPool
+from gateway.proxy.pool import ConnectionPool
 from gateway.proxy.timers import TimerWheel
 
 

@@ -14,9 +14,10 @@ from websockets.uri import WebSocketURI
 
 from gateway.context import DROP_CODES, OUTCOMES, Cause, RequestContext, is_failure
 from gateway.policies.circuit_breaker import Outcome
+from gateway.policies.services import Address
 from gateway.problems import ForwardingError, answer
 from gateway.proxy.headers import RequestFields, answer_fields, forwarding_fields
-from gateway.proxy.pool import Address
+from gateway.proxy.pool import connect
 from gateway.proxy.route import Route
 
 if TYPE_CHECKING:
@@ -99,13 +100,7 @@ async def _open(proxy: "ProxyApp", route: Route, address: Address, scope: Scope)
 
     try:
         async with asyncio.timeout(timeouts.connect):
-            _, connection = await route.loop.create_connection(
-                make,
-                address.host,
-                address.port,
-                ssl=route.tls if address.tls else None,
-                server_hostname=address.host if address.tls else None,
-            )
+            connection = await connect(address, make, route.tls)
         async with asyncio.timeout(timeouts.first_byte):
             await connection.handshake([_split(line) for line in lines], None)
     except TimeoutError as error:
