@@ -77,12 +77,12 @@ def test_the_version_is_told() -> None:
 
 
 def test_check_shows_the_services_that_come_of_the_settings() -> None:
-    status, out, err = run("check", CHATBOT_RATE_LIMIT_PER_MINUTE="10", SEARCH_SERVICE_URL="http://a:1,http://b:2")
+    status, out, err = run("check", CHATBOT_RATE_LIMIT_PER_MINUTE="10", SEARCH_SERVICE_URL="http://a:1,unix:/b.sock")
     assert (status, err) == (0, "")
     lines = [line.split("  ") for line in out.splitlines()]
     table = {cells[0]: [cell.strip() for cell in cells if cell] for cells in lines}
     assert table["SERVICE"] == ["SERVICE", "PREFIX", "REPLICAS", "LIMITS", "BREAKER"]
-    assert table["search-service"][1:3] == ["/api/v1/search", "http://a:1, http://b:2"]
+    assert table["search-service"][1:3] == ["/api/v1/search", "http://a:1, unix:/b.sock"]
     assert table["search-service"][3:] == ["60/min 1000/h", "5 failures, 60 s"]
     assert table["chatbot-service"][3] == "10/min 1000/h, its own"
     assert len(table) == 1 + 7 + 1

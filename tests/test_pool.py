@@ -26,13 +26,32 @@ TLS = Path(__file__).parent / "tls"  # a certificate for localhost that is its o
         ("http://search", Address("search", 80, False, b"search", b"")),
         ("https://search/v2/", Address("search", 443, True, b"search", b"/v2")),
         ("http://[::1]:8002/a/b", Address("::1", 8002, False, b"[::1]:8002", b"/a/b")),
+        ("unix:/run/search.sock", Address("localhost", 80, False, b"localhost", b"", "/run/search.sock")),
+        ("unix:/run/search.sock:/v2/", Address("localhost", 80, False, b"localhost", b"/v2", "/run/search.sock")),
     ],
 )
 def test_an_address_from_its_url(url: str, expected: Address) -> None:
     assert Address.parse(url) == expected
 
 
-@pytest.mark.parametrize("url", ["search:8002", "ftp://search", "http://", "http://a?b", "http://a#b", "http://a:x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "search:8002",
+            "ftp://search",
+            "http://",
+            "http://a?b",
+            "http://a#b",
+            "http://a:x",
+            "http://a:0",
+            "http://a:",
+        ),
+        *("http://me:secret@a", "http://a/b/../c", "http://a/b%2Fc", "http://a b", "http://a,http://b", "http://a..b"),
+        *("unix:", "unix:run/a.sock", "unix:/", "unix:/run/a.sock:", "unix:/run/a.sock:v2", "unix:/run/../a.sock"),
+        *("unix:///run/a.sock", "unix:/run/a.sock?b", "unix:/" + 107 * "a", "http://unix:/run/a.sock"),
+    ],
+)
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(ValueError):
         Address.parse(url)

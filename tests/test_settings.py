@@ -191,6 +191,12 @@ def test_an_added_service_may_have_its_address_from_the_environment(tmp_path: Pa
     assert service(settings, "embeddings-service").service.replicas == ("http://a:1", "http://b:2")
 
 
+def test_a_service_may_listen_on_unix_sockets() -> None:
+    settings = load(CHATBOT_SERVICE_URL="unix:/run/chat.sock:/v1/, http://chatbot:8004")
+    chatbot = service(settings, "chatbot-service").service
+    assert chatbot.replicas == ("unix:/run/chat.sock:/v1", "http://chatbot:8004")
+
+
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +277,9 @@ def test_all_mistakes_are_told_at_once_by_name(tmp_path: Path) -> None:
                 "http://chätbot",
                 "http://a,",
                 "http://a,http://a/",
+                "unix:chatbot.sock",
+                "unix:/run/chatbot.sock:v1",
+                "unix:///run/chatbot.sock",
             )
         ),
     ],

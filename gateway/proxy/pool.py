@@ -53,6 +53,7 @@ async def _dial(loop: asyncio.AbstractEventLoop, family: int, to: tuple[Any, ...
     dialled = socket.socket(family, socket.SOCK_STREAM)
     try:
         dialled.setblocking(False)
+        dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # not every event loop does
         await loop.sock_connect(dialled, to)
     except BaseException:
         dialled.close()
@@ -68,6 +69,7 @@ class ConnectionPool:
         limit: connections at a time.
         max_waiting: requests that may wait for one; a further one is refused at once.
         idle_timeout: seconds after which a connection is not used again: less than services keep theirs.
+        max_age: seconds after which even a busy one is not: then its name is looked up again.
         tls: how to speak TLS, where the address asks for it.
     """
 
@@ -78,15 +80,18 @@ class ConnectionPool:
         limit: int = 1000,
         max_waiting: int = 1000,
         idle_timeout: float = 4.0,
+        max_age: float = 300.0,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.address = address
         self.limit = limit
         self.max_waiting = max_waiting
         self.idle_timeout = idle_timeout
+        self.max_age = max_age
         self._tls = tls
         self._idle: list[Http1Connection] = []  # the last given back is the first taken: the others may go stale
         self._open = 0  # connecting, busy and idle
+        self._made_at: dict[Http1Connection, float] = {}  # of each busy and idle one, seconds on the loop's clock
         self._waiting: deque[asyncio.Future[Http1Connection | None]] = deque()
 
     @property
@@ -158,12 +163,16 @@ class ConnectionPool:
             self._place_freed()
             raise ForwardingError(Cause.CONNECT_FAILED, "The service closed the connection at once")
         connection.on_lost = self._lost
+        self._made_at[connection] = loop.time()
         return connection
 
     def give_back(self, connection: Http1Connection) -> None:
         """Return a connection after its exchange: kept where it can be used again, closed elsewhere."""
         if not connection.reusable:
             connection.abort()  # its place is freed when it is lost
+            return
+        if connection.idle_since - self._made_at[connection] > self.max_age:
+            connection.abort()
             return
         while self._waiting:
             waiting = self._waiting.popleft()
@@ -180,6 +189,7 @@ class ConnectionPool:
 
     def _lost(self, connection: Http1Connection) -> None:
         connection.on_lost = None
+        self._made_at.pop(connection, None)
         if connection in self._idle:
             self._idle.remove(connection)
         self._place_freed()
