@@ -138,6 +138,8 @@ class Settings:
         sources.check_names()
         if common["QDRANT_URL"] and find_spec("qdrant_client") is None:
             mistakes.add("QDRANT_URL", "the extra `qdrant` (pip install 'ai-gateway[qdrant]')", "no qdrant_client")
+        if any(each.service.http2 for each in services) and find_spec("h2") is None:
+            mistakes.add("UPSTREAM_HTTP2", "the extra `http2` (pip install 'ai-gateway[http2]')", "no h2")
         if mistakes:
             raise SettingsError(mistakes)
         return cls(
@@ -269,6 +271,14 @@ def _replicas(text: str) -> tuple[str, ...]:
     return addresses
 
 
+def _proxy(text: str) -> str:
+    url = _url(text, "http")
+    parts = urlsplit(url)
+    if parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError
+    return url
+
+
 def _prefix(text: str) -> str:
     path = text.rstrip("/")
     if not path or not set(path) <= PATH_CHARACTERS or has_odd_segments(path):
@@ -317,6 +327,7 @@ REDIS_OPTIONS = frozenset(
 _REDIS = _Kind("redis://host, rediss://host or unix:///path", _redis_url, show=_show_scheme)
 _QDRANT = _Kind("http://host or https://host", lambda text: _url(text, "http", "https"), show=_show_scheme)
 _REPLICAS = _Kind(f"{ADDRESS_FORM} and no more, or several such, comma-separated, no two the same", _replicas)
+_PROXY = _Kind("http://[user:password@]host[:port]", _proxy, show=_show_scheme)
 _PREFIX = _Kind(f"a path such as /api/v1/name, without escapes, outside of {' '.join(OWN_PATHS)}", _prefix)
 _CA_FILE = _Kind("a file of certificates in PEM form", _ca_file)
 
@@ -399,6 +410,8 @@ SERVICE_OPTIONS = (  # for all services, or for one: CHATBOT_RETRIES
     Option("MAX_BODY_BYTES", _BODY_BYTES, Service, "max_body_bytes", "Of a request's body: 413"),
     Option("MAX_IN_FLIGHT", _COUNT, Settings, "max_in_flight", "Requests that a worker works on at a time: 503"),
     Option("UPSTREAM_CA_FILE", _CA_FILE, Service, "ca_file", "Certificates to verify services by, not the system's"),
+    Option("UPSTREAM_HTTP2", _BOOLEAN, Service, "http2", "HTTP/2 to services; needs the extra http2"),
+    Option("UPSTREAM_PROXY", _PROXY, Service, "proxy", "A forward proxy to reach services through"),
 )
 OPTIONS = (*GATEWAY_OPTIONS, *SERVICE_OPTIONS)
 NOT_IN_ENVIRONMENT = ("HOST", "PORT", "WORKERS")
@@ -472,6 +485,9 @@ class _Sources:
             elif self._value(_BOOLEAN, "", table, f"{path}.enabled", True):
                 service = self._service(key, table, common)
                 services.append(service)
+                replicas = service.service.replicas
+                if service.service.proxy and replicas is not _REQUIRED and any(url[:5] == "unix:" for url in replicas):
+                    self.mistakes.add(_variable(key, "UPSTREAM_PROXY"), "no proxy before a unix socket", "one")
                 prefix = service.service.prefix
                 if prefix is not _REQUIRED and owners.setdefault(prefix, key) != key:
                     self.mistakes.add(f"{path}.prefix", "one of its own", f"{prefix!r}, that of {owners[prefix]}")

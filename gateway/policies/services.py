@@ -96,6 +96,8 @@ class Service:
         retries: how often a request that is safe to send again is sent again (RESILIENCE.md, 3).
         retry_all_methods: a POST to this service is safe to send again.
         ca_file: certificates to verify it by, in place of the system's.
+        http2: speak HTTP/2 to it, where it is reached through TLS and can; elsewhere it must.
+        proxy: the forward proxy to reach it through, ``http://[user:password@]host[:port]``.
     """
 
     name: str
@@ -107,6 +109,8 @@ class Service:
     retries: int = 1
     retry_all_methods: bool = False
     ca_file: str | None = None
+    http2: bool = False
+    proxy: str | None = None
     timeouts: Timeouts = field(default_factory=Timeouts)
 
 

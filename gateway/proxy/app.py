@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2s
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from starlette.types import Receive, Scope, Send
@@ -15,6 +16,9 @@ from gateway.problems import ForwardingError, answer
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.route import Route
 from gateway.proxy.timers import TimerWheel
+
+if TYPE_CHECKING:
+    from gateway.proxy.route import Upstream
 
 UNSAFE_METHODS = frozenset({"CONNECT", "TRACE"})
 
@@ -31,7 +35,12 @@ class ProxyApp:
             are separated by commas. The path is passed on whole, prefix included.
         trusted_proxies: peers whose ``X-Forwarded-*`` are believed: addresses, networks, ``unix``.
         max_connections: to each replica.
+        upstreams: by the name of a service, an httpx transport (or client, for the transport it would use) to reach it
+            through: HTTP/2, a forward proxy, an application or a mock. It stays its owner's to close.
         random: what choices among replicas and back-off draw from: numbers from 0 up to 1.
+
+    Raises:
+        ValueError: ``upstreams`` names a service that is not there.
     """
 
     def __init__(
@@ -40,11 +49,16 @@ class ProxyApp:
         *,
         trusted_proxies: Iterable[str] = ("127.0.0.0/8", "::1", "unix"),
         max_connections: int = 1000,
+        upstreams: "Mapping[str, Upstream] | None" = None,
         random: Callable[[], float] = random.random,
     ) -> None:
         self.services = ServiceTable(_services(services))
         self.trusted = TrustedProxies(trusted_proxies)
         self.max_connections = max_connections
+        self.upstreams = dict(upstreams or {})
+        unknown = self.upstreams.keys() - {service.name for service in self.services.services}
+        if unknown:
+            raise ValueError(f"No service is called {', '.join(sorted(unknown))}")
         # The same for all workers and pods of one configuration, another for a gateway before or behind this one.
         digest = blake2s(repr(self.services.services).encode(), digest_size=4).hexdigest()
         self.via = b"ai-gateway-" + digest.encode()
@@ -105,7 +119,7 @@ class ProxyApp:
     async def aclose(self) -> None:
         """Close the connections that wait for a request."""
         for route in self._routes.values():
-            route.close()
+            await route.aclose()
         self._routes.clear()
         if self._wheel is not None:
             self._wheel.close()
@@ -119,7 +133,13 @@ class ProxyApp:
         route = self._routes.get(service.name)
         if route is None:
             assert self._wheel is not None
-            route = Route(service, wheel=self._wheel, max_connections=self.max_connections, random=self._random)
+            route = Route(
+                service,
+                wheel=self._wheel,
+                max_connections=self.max_connections,
+                random=self._random,
+                upstream=self.upstreams.get(service.name),
+            )
             self._routes[service.name] = route
         return route
 

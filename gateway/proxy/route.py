@@ -3,7 +3,7 @@
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gateway.policies.replicas import Replicas
 from gateway.policies.retry import RetryBudget
@@ -12,6 +12,11 @@ from gateway.problems import ForwardingError
 from gateway.proxy.headers import Header
 from gateway.proxy.pool import ConnectionPool
 from gateway.proxy.timers import TimerWheel
+
+if TYPE_CHECKING:
+    from httpx import AsyncBaseTransport, AsyncClient
+
+    Upstream = AsyncBaseTransport | AsyncClient
 
 
 class UpstreamConnection(Protocol):
@@ -107,10 +112,20 @@ class Route:
         wheel: the deadlines of all requests on the running event loop.
         max_connections: to each replica.
         random: what the choice among replicas and the back-off draw from: numbers from 0 up to 1.
+        upstream: the httpx transport or client to reach it through, in place of connections of our own.
+
+    Attributes:
+        direct: nobody stands between us and the replicas, so that a WebSocket can have a connection of its own.
     """
 
     def __init__(
-        self, service: Service, *, wheel: TimerWheel, max_connections: int, random: Callable[[], float]
+        self,
+        service: Service,
+        *,
+        wheel: TimerWheel,
+        max_connections: int,
+        random: Callable[[], float],
+        upstream: "Upstream | None" = None,
     ) -> None:
         self.service = service
         self.wheel = wheel
@@ -119,20 +134,35 @@ class Route:
         self.replicas = Replicas(service.replicas, random)
         self.budget = RetryBudget()
         self.tls = tls_context(service.ca_file) if any(url.startswith("https:") for url in service.replicas) else None
-        limit = min(max_connections, service.max_in_flight or max_connections)
-        self.pools: Mapping[str, UpstreamPool] = {
-            url: ConnectionPool(Address.parse(url), limit=limit, tls=self.tls) for url in service.replicas
-        }
+        self.direct = upstream is None and service.proxy is None
+        self._upstream = upstream
+        self._limit = min(max_connections, service.max_in_flight or max_connections)
+        self._transports: list[AsyncBaseTransport] = []
+        self.pools: Mapping[str, UpstreamPool] = {url: self._pool(Address.parse(url)) for url in service.replicas}
 
     @property
     def open_connections(self) -> int:
         """Over all replicas."""
         return sum(pool.open for pool in self.pools.values())
 
-    def close(self) -> None:
-        """Close the connections that wait for a request."""
+    async def aclose(self) -> None:
+        """Close the connections that wait for a request, but none of an ``upstream`` that was handed to us."""
         for pool in self.pools.values():
             pool.close_idle()
+        for transport in self._transports:
+            await transport.aclose()
+
+    def _pool(self, address: Address) -> UpstreamPool:
+        service, upstream = self.service, self._upstream
+        if upstream is None and service.proxy is None and not service.http2:
+            return ConnectionPool(address, limit=self._limit, tls=self.tls)
+        from gateway.proxy.httpx_upstream import HttpxPool, transport_for  # loads httpx, which few services need
+
+        if upstream is None:
+            upstream = transport_for(service, address, limit=self._limit)
+            self._transports.append(upstream)
+        timeouts = service.timeouts
+        return HttpxPool(address, upstream, connect_timeout=timeouts.connect, pool_timeout=timeouts.pool)
 
 
 @cache

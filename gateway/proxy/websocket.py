@@ -70,6 +70,8 @@ async def relay(
 
 
 async def _open(proxy: "ProxyApp", route: Route, address: Address, scope: Scope) -> ClientConnection:
+    if not route.direct:
+        raise ForwardingError(Cause.REFUSED, "No WebSockets reach this service", status=501, reason="no_websockets")
     timeouts = route.service.timeouts
     fields = RequestFields([header for header in scope["headers"] if header[0] not in HANDSHAKE])
     client = scope.get("client")
