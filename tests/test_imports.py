@@ -81,7 +81,7 @@ MAY_LOAD = {
     "gateway.demo": {"click", "uvicorn", "uvloop", "websockets"},
     "gateway.middleware.metrics": {"prometheus_client"},
     "gateway.proxy.app": {"websockets"},
-    "gateway.proxy.httpx_upstream": {"httpx"},
+    "gateway.proxy.httpx_upstream": {"httpx", "click", "rich"},  # the two come with httpx's command line
     "gateway.proxy.websocket": {"websockets"},
     "gateway.server": {"uvicorn", "uvloop", "websockets", "click"},
     "gateway.settings": set(),

@@ -146,8 +146,8 @@ def test_whatever_is_set_for_all_services_can_be_set_for_one(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("option", SERVICE_OPTIONS, ids=lambda option: option.name)
 def test_every_service_option_takes_effect_for_all_and_for_one(option: Option, tmp_path: Path) -> None:
-    values = {"UPSTREAM_CA_FILE": str(CA_FILE), "RATE_LIMIT_ON_REDIS_FAILURE": "closed"}
-    booleans = dict.fromkeys(("RETRY_ALL_METHODS", "PRESERVE_HOST"), "yes")
+    values = {"UPSTREAM_CA_FILE": str(CA_FILE), "RATE_LIMIT_ON_REDIS_FAILURE": "closed", "UPSTREAM_PROXY": "http://p:1"}
+    booleans = dict.fromkeys(("RETRY_ALL_METHODS", "PRESERVE_HOST", "UPSTREAM_HTTP2"), "yes")
     value = {**values, **booleans, "CIRCUIT_BREAKER_MIN_FAILURE_RATIO": "0.5"}.get(option.name, "7")
     before = load()
     common = load(**{option.name: value})
@@ -254,6 +254,9 @@ def test_all_mistakes_are_told_at_once_by_name(tmp_path: Path) -> None:
         ("ADMIN_TOKEN", "two words"),
         ("UPSTREAM_CA_FILE", "/no/such/file"),
         ("UPSTREAM_CA_FILE", __file__),
+        ("CHATBOT_UPSTREAM_PROXY", "proxy:3128"),
+        ("CHATBOT_UPSTREAM_PROXY", "https://proxy:3128"),
+        ("CHATBOT_UPSTREAM_PROXY", "http://proxy:3128/path"),
         ("CHATBOT_SERVICE_URL", "http://a..b:80"),
         ("REDIS_URL", "redis://h/0?foo=1"),
         ("WEB_CONCURRENCY", "0"),
@@ -359,6 +362,21 @@ def test_qdrant_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load().qdrant_url is None
 
 
+def test_http2_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert service(load(SEARCH_UPSTREAM_HTTP2="true"), "search-service").service.http2
+    monkeypatch.setitem(sys.modules, "h2", None)
+    (mistake,) = mistakes(SEARCH_UPSTREAM_HTTP2="true")
+    assert mistake.startswith("UPSTREAM_HTTP2: expected the extra `http2`")
+
+
+def test_no_forward_proxy_leads_to_a_unix_socket_and_its_password_is_not_shown() -> None:
+    settings = load(UPSTREAM_PROXY="http://me:hunter2@proxy:3128")
+    assert service(settings, "search-service").service.proxy == "http://me:hunter2@proxy:3128"
+    assert "hunter2" not in repr(settings)
+    (mistake,) = mistakes(UPSTREAM_PROXY="http://proxy", SEARCH_SERVICE_URL="http://search, unix:/run/search.sock")
+    assert mistake.startswith("SEARCH_UPSTREAM_PROXY: expected no proxy before a unix socket")
+
+
 # Names that are nearly ours -------------------------------------------------------------------------------------------
 
 
@@ -436,6 +454,7 @@ def test_no_secret_is_in_the_repr() -> None:
         ("CHATBOT_SERVICE_URL", "http://a:hunter2@chatbot"),
         ("CHATBOT_SERVICE_URL", "http://chatbot?key=hunter2"),
         ("LOG_LEVEL", "redis://:hunter2@redis"),
+        ("UPSTREAM_PROXY", "http://me:hunter2@proxy/path"),
     ],
 )
 def test_no_secret_is_in_a_mistake(name: str, value: str) -> None:

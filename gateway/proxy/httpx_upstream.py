@@ -13,10 +13,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import httpx
 
 from gateway.context import Cause
+from gateway.policies.framing import CONTROLS, MalformedError
 from gateway.policies.services import Address, Service
 from gateway.problems import ForwardingError
-from gateway.proxy.headers import Header
-from gateway.proxy.http1 import BODILESS, CONTROLS, HIGH_WATER, MAX_FIELDS, MAX_HEAD_BYTES, TOO_MANY_FIELDS
+from gateway.proxy.answers import Header, read_head
+from gateway.proxy.http1 import BODILESS, HIGH_WATER
 
 UNREACHABLE = "The service can't be reached"
 # What httpx raises, the first that fits: its cause before the head of an answer has come, after it, and in words.
@@ -213,6 +214,8 @@ class HttpxConnection:
             await self._send_and_read(request)
         except ForwardingError as error:
             self.error = error
+        except MalformedError as error:
+            self.error = ForwardingError(Cause.GARBLED, f"The service's {error}")
         except httpx.HTTPError as error:
             self.error = self._in_our_words(error)
         except Exception:  # of a transport, or an application behind one, that is not httpx's own
@@ -228,10 +231,9 @@ class HttpxConnection:
         stream = response.stream
         assert isinstance(stream, httpx.AsyncByteStream)
         try:
-            self._judge_head(response)
-            bodiless = response.status_code in BODILESS or not self._expects_body
+            self._take_head(response)
+            bodiless = self.status in BODILESS or not self._expects_body
             left = None if bodiless else self.content_length
-            self.head_complete = True
             _wake(self._waiter)
             async for part in stream:  # `Response.aiter_raw` would not give it where the response was made of bytes
                 if not part or bodiless:
@@ -252,28 +254,17 @@ class HttpxConnection:
             await stream.aclose()
         self.complete = True
 
-    def _judge_head(self, response: httpx.Response) -> None:
-        """What two readers could take differently, or is too much, is garbled, as it is over HTTP/1.1."""
-        headers = [(name.lower(), value) for name, value in response.headers.raw]
-        fields = dict(headers)
-        values = b"".join([value for _, value in headers])
-        lengths = [value for name, value in headers if name == b"content-length"]
-        chunked = b"transfer-encoding" in fields
-        unfit = ""
-        if response.status_code < 200:
-            unfit = "The service switched protocols without being asked to"
-        elif len(headers) > MAX_FIELDS:
-            unfit = TOO_MANY_FIELDS
-        elif len(values) > MAX_HEAD_BYTES:
-            unfit = "The head of the service's answer is too large"
-        elif len(values.translate(None, CONTROLS)) != len(values):
-            unfit = "The service's answer has a control byte in a header field"
-        elif len(lengths) + chunked > 1 or (lengths and not lengths[0].isdigit()):
-            unfit = "The service's answer is framed in a way that is ambiguous or unknown"
-        if unfit:
-            raise ForwardingError(Cause.GARBLED, unfit)
-        self.status, self.headers, self.fields = response.status_code, headers, fields
-        self.content_length = int(lengths[0]) if lengths else None
+    def _take_head(self, response: httpx.Response) -> None:
+        """Read the head as if it had come over HTTP/1.1, so that the same is refused (RFC 9110, 5.5 and 15.2)."""
+        lines = [b": ".join(field) for field in response.headers.raw]
+        if len(b"".join(lines).translate(None, CONTROLS)) != sum(map(len, lines)):  # a line end would make two of one
+            raise MalformedError("answer has a control byte in a header field")
+        status, headers, fields, length, _ = read_head(b"\r\n".join([b"HTTP/1.1 %d" % response.status_code, *lines]))
+        if status < 200:
+            raise MalformedError("answer switches protocols without having been asked to")
+        self.status, self.headers, self.fields = status, headers, fields
+        self.content_length = length if length >= 0 else None
+        self.head_complete = True
 
     def _in_our_words(self, error: httpx.HTTPError) -> ForwardingError:
         _, before, after, message = next(row for row in CAUSES if isinstance(error, row[0]))
