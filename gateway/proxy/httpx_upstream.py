@@ -250,6 +250,10 @@ class HttpxConnection:
                     await self._taken
             if left:
                 raise ForwardingError(Cause.CUT_SHORT, "The service broke off its answer")
+            network = response.extensions.get("network_stream")
+            if network is not None and response.extensions.get("http_version") != b"HTTP/2":
+                # What came behind an HTTP/1.1 answer httpx would take for the next one's beginning (EDGE.md, 56).
+                await network.aclose()
         finally:
             await stream.aclose()
         self.complete = True
