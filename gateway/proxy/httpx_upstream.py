@@ -9,6 +9,7 @@ import logging
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 import httpx
 
@@ -35,26 +36,94 @@ CAUSES: tuple[tuple[type[httpx.HTTPError], Cause, Cause, str], ...] = (
 logger = logging.getLogger("gateway.proxy")
 
 
-def transport_for(service: Service, address: Address, *, limit: int) -> httpx.AsyncHTTPTransport:
+class ExclusiveTransport(httpx.AsyncBaseTransport):
     """What the settings of a service ask for beyond HTTP/1.1 over a direct connection.
+
+    Each connection carries one exchange at a time, so that giving an exchange up closes its connection. Over one that
+    is shared, httpx never tells the service (it sends no RST_STREAM), and what still comes uses up the window that the
+    others receive in.
 
     Over TLS the server chooses between HTTP/2 and HTTP/1.1; elsewhere it must know HTTP/2 (RFC 9113, 3.3).
 
     Args:
         service: says whether to speak HTTP/2, through which proxy, and whom to trust.
         address: of its replica.
-        limit: connections at a time.
+        limit: exchanges at a time; a further one is refused at once.
+        idle_timeout: seconds after which a connection is not used again.
     """
-    return httpx.AsyncHTTPTransport(
-        # A context of its own, for httpx writes into it which protocols it offers.
-        verify=ssl.create_default_context(cafile=service.ca_file),
-        http1=address.tls or not service.http2,
-        http2=service.http2,
-        limits=httpx.Limits(max_connections=limit, max_keepalive_connections=limit, keepalive_expiry=4.0),
-        proxy=service.proxy,
-        uds=address.socket or None,
-        trust_env=False,
-    )
+
+    def __init__(self, service: Service, address: Address, *, limit: int, idle_timeout: float = 4.0) -> None:
+        self._limit = limit
+        self._idle_timeout = idle_timeout
+        self._make = partial(
+            httpx.AsyncHTTPTransport,
+            # A context of its own, for httpx writes into it which protocols it offers.
+            verify=ssl.create_default_context(cafile=service.ca_file),
+            http1=address.tls or not service.http2,
+            http2=service.http2,
+            limits=httpx.Limits(max_connections=1, keepalive_expiry=idle_timeout),
+            proxy=service.proxy,
+            uds=address.socket or None,
+            trust_env=False,
+        )
+        self._idle: deque[tuple[float, httpx.AsyncHTTPTransport]] = deque()  # the last used is the first taken
+        self._busy = 0
+        self._closed = False
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request; its answer must be closed."""
+        if self._busy >= self._limit:
+            raise httpx.PoolTimeout("All connections are in use")
+        transport = self._idle.pop()[1] if self._idle else self._make()
+        self._busy += 1
+        try:
+            response = await transport.handle_async_request(request)
+        except BaseException:
+            await self.give_back(transport, reusable=False)
+            raise
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        response.stream = _Exclusive(response.stream, self, transport)
+        return response
+
+    async def give_back(self, transport: httpx.AsyncHTTPTransport, *, reusable: bool) -> None:
+        """The exchange over a transport has ended."""
+        self._busy -= 1
+        now = asyncio.get_running_loop().time()
+        if reusable and not self._closed:
+            self._idle.append((now, transport))
+            while self._idle and now - self._idle[0][0] > self._idle_timeout:
+                await self._idle.popleft()[1].aclose()
+        else:
+            await transport.aclose()
+
+    async def aclose(self) -> None:
+        """Close what is idle; what is busy is closed when its exchange ends."""
+        self._closed = True
+        while self._idle:
+            await self._idle.popleft()[1].aclose()
+
+
+class _Exclusive(httpx.AsyncByteStream):
+    """The body of an answer, which knows whether it came whole."""
+
+    def __init__(
+        self, stream: httpx.AsyncByteStream, owner: ExclusiveTransport, transport: httpx.AsyncHTTPTransport
+    ) -> None:
+        self._stream = stream
+        self._owner = owner
+        self._transport = transport
+        self._whole = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for part in self._stream:
+            yield part
+        self._whole = True
+
+    async def aclose(self) -> None:
+        try:
+            await self._stream.aclose()
+        finally:
+            await self._owner.give_back(self._transport, reusable=self._whole)
 
 
 class HttpxPool:

@@ -156,10 +156,10 @@ class Route:
         service, upstream = self.service, self._upstream
         if upstream is None and service.proxy is None and not service.http2:
             return ConnectionPool(address, limit=self._limit, tls=self.tls)
-        from gateway.proxy.httpx_upstream import HttpxPool, transport_for  # loads httpx, which few services need
+        from gateway.proxy.httpx_upstream import ExclusiveTransport, HttpxPool  # loads httpx, which few services need
 
         if upstream is None:
-            upstream = transport_for(service, address, limit=self._limit)
+            upstream = ExclusiveTransport(service, address, limit=self._limit)
             self._transports.append(upstream)
         timeouts = service.timeouts
         return HttpxPool(address, upstream, connect_timeout=timeouts.connect, pool_timeout=timeouts.pool)
