@@ -19,9 +19,10 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from gateway.context import Cause
+from gateway.policies.services import Address, Timeouts
 from gateway.policies.services import Service as Target
-from gateway.policies.services import Timeouts
 from gateway.proxy.app import ProxyApp
+from gateway.proxy.httpx_upstream import ExclusiveTransport
 from tests.asgi_call import call as ask
 from tests.asgi_call import http
 from tests.test_proxy import Seen
@@ -415,6 +416,21 @@ async def test_a_client_that_leaves_ends_its_http2_exchange_at_the_service_and_n
             assert not connections[0].lost
             staying[1].transport.abort()
             await until(lambda: connections[0].lost and proxy.open_connections == 0)
+
+
+@pytest.mark.parametrize(("option", "connections"), [({}, 1), ({"max_age": -1.0}, 3), ({"idle_timeout": -1.0}, 3)])
+async def test_a_connection_that_is_too_old_or_idle_for_too_long_is_not_used_again(
+    option: dict[str, float], connections: int
+) -> None:
+    async with http2_service(tls=False) as (url, made):
+        target = Target(name="api", prefix="/api", replicas=(url,), http2=True)
+        transport = ExclusiveTransport(target, Address.parse(url), limit=1, **option)
+        async with transport, serving(ProxyApp([target], upstreams={"api": transport})) as port:
+            for _ in range(3):
+                answer = await call(port, "/api/x", "POST", body=b"hi")
+                assert (answer.body, answer.whole) == (b"hi", True)
+        assert len(made) == connections
+        await until(lambda: all(connection.lost for connection in made))
 
 
 async def test_more_exchanges_than_may_be_at_a_time_are_refused_at_once() -> None:

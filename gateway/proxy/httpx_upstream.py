@@ -17,7 +17,8 @@ from gateway.context import Cause
 from gateway.policies.framing import CONTROLS, MalformedError
 from gateway.policies.services import Address, Service
 from gateway.problems import ForwardingError
-from gateway.proxy.answers import Header, read_head
+from gateway.proxy.answers import read_head
+from gateway.proxy.headers import Header
 from gateway.proxy.http1 import BODILESS, HIGH_WATER
 
 UNREACHABLE = "The service can't be reached"
@@ -50,11 +51,15 @@ class ExclusiveTransport(httpx.AsyncBaseTransport):
         address: of its replica.
         limit: exchanges at a time; a further one is refused at once.
         idle_timeout: seconds after which a connection is not used again.
+        max_age: seconds after which even a busy one is not: then its name is looked up again.
     """
 
-    def __init__(self, service: Service, address: Address, *, limit: int, idle_timeout: float = 4.0) -> None:
+    def __init__(
+        self, service: Service, address: Address, *, limit: int, idle_timeout: float = 4.0, max_age: float = 300.0
+    ) -> None:
         self._limit = limit
         self._idle_timeout = idle_timeout
+        self._max_age = max_age
         self._make = partial(
             httpx.AsyncHTTPTransport,
             # A context of its own, for httpx writes into it which protocols it offers.
@@ -67,6 +72,7 @@ class ExclusiveTransport(httpx.AsyncBaseTransport):
             trust_env=False,
         )
         self._idle: deque[tuple[float, httpx.AsyncHTTPTransport]] = deque()  # the last used is the first taken
+        self._made_at: dict[httpx.AsyncHTTPTransport, float] = {}  # idle and busy ones
         self._busy = 0
         self._closed = False
 
@@ -75,6 +81,7 @@ class ExclusiveTransport(httpx.AsyncBaseTransport):
         if self._busy >= self._limit:
             raise httpx.PoolTimeout("All connections are in use")
         transport = self._idle.pop()[1] if self._idle else self._make()
+        self._made_at.setdefault(transport, asyncio.get_running_loop().time())
         self._busy += 1
         try:
             response = await transport.handle_async_request(request)
@@ -89,18 +96,22 @@ class ExclusiveTransport(httpx.AsyncBaseTransport):
         """The exchange over a transport has ended."""
         self._busy -= 1
         now = asyncio.get_running_loop().time()
-        if reusable and not self._closed:
+        if reusable and not self._closed and now - self._made_at[transport] <= self._max_age:
             self._idle.append((now, transport))
             while self._idle and now - self._idle[0][0] > self._idle_timeout:
-                await self._idle.popleft()[1].aclose()
+                await self._close(self._idle.popleft()[1])
         else:
-            await transport.aclose()
+            await self._close(transport)
 
     async def aclose(self) -> None:
         """Close what is idle; what is busy is closed when its exchange ends."""
         self._closed = True
         while self._idle:
-            await self._idle.popleft()[1].aclose()
+            await self._close(self._idle.popleft()[1])
+
+    async def _close(self, transport: httpx.AsyncHTTPTransport) -> None:
+        del self._made_at[transport]
+        await transport.aclose()
 
 
 class _Exclusive(httpx.AsyncByteStream):
@@ -190,7 +201,6 @@ class HttpxConnection:
 
     status: int
     headers: list[Header]
-    fields: dict[bytes, bytes]
     content_length: int | None
 
     def __init__(self, pool: HttpxPool, ended: Callable[["HttpxConnection"], None]) -> None:
@@ -332,10 +342,10 @@ class HttpxConnection:
         lines = [b": ".join(field) for field in response.headers.raw]
         if len(b"".join(lines).translate(None, CONTROLS)) != sum(map(len, lines)):  # a line end would make two of one
             raise MalformedError("answer has a control byte in a header field")
-        status, headers, fields, length, _ = read_head(b"\r\n".join([b"HTTP/1.1 %d" % response.status_code, *lines]))
+        status, headers, length, _ = read_head(b"\r\n".join([b"HTTP/1.1 %d" % response.status_code, *lines]))
         if status < 200:
             raise MalformedError("answer switches protocols without having been asked to")
-        self.status, self.headers, self.fields = status, headers, fields
+        self.status, self.headers = status, headers.copy()
         self.content_length = length if length >= 0 else None
         self.head_complete = True
 
