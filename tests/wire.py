@@ -145,7 +145,8 @@ class Service:
         finally:
             self.open -= 1
             self._writers.discard(writer)
-            writer.transport.abort()
+            if not writer.is_closing():  # else it may be closed, which CPython 3.11 does not forgive
+                writer.transport.abort()
 
 
 @asynccontextmanager

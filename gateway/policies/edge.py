@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+MAX_MESSAGE_BYTES = 10 * 1024 * 1024  # of one WebSocket message, from either side; beyond: closed with 1009
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeLimits:

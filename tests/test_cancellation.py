@@ -1,0 +1,370 @@
+"""Clients that leave, in each phase of a request, through the whole stack: the service is let go and nothing is kept.
+
+Whoever leaves by a reset, or by closing without waiting for more, is noticed within 250 ms. That is counted in turns of
+the event loop of 5 ms each, so that a machine which stands still for a while does not count against it.
+"""
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import orjson
+import prometheus_client
+import pytest
+from starlette.types import ASGIApp
+
+from gateway.app import Gateway, create_app
+from gateway.middleware.admission import AdmissionASGI
+from gateway.policies.edge import EdgeLimits
+from gateway.proxy.pool import ConnectionPool
+from gateway.server.protocol import GatewayProtocol
+from gateway.settings import Settings
+from tests.frames import TEXT, Raw, frame, handshake, speaks
+from tests.wire import OK, Reader, Request, Service, Writer, call, read_body, service, serving, until
+
+PATH = "/api/v1/chat"
+NAME = "chatbot-service"
+NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets
+
+
+@pytest.fixture(params=[True, False], ids=["uvloop", "asyncio"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": request.param}
+
+
+async def soon(condition: Callable[[], Any]) -> None:
+    """Something becomes true within 250 ms."""
+    for _ in range(50):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    assert condition(), "not within 250 ms"
+
+
+class Client:
+    """A client's connection, and the two ways to leave it."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.socket.setblocking(False)
+
+    async def send(self, data: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(self.socket, data)
+
+    async def read(self, ending: bytes) -> bytes:
+        data = b""
+        async with asyncio.timeout(5):
+            while not data.endswith(ending):
+                data += await asyncio.get_running_loop().sock_recv(self.socket, 65536)
+        return data
+
+    def leave(self, by: str) -> None:
+        if by == "RST":
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+        self.socket.close()
+
+
+class Rig:
+    """A gateway whose one service the test plays; ``baseline`` is what must be found again in the end."""
+
+    def __init__(self, port: int, upstream: Service, app: Gateway, output: pytest.CaptureFixture[bytes]) -> None:
+        self.port, self.upstream, self.app, self.output = port, upstream, app, output
+        self.lines = b""
+        self.sent = 0  # by a service that floods
+        layer: ASGIApp = app.app
+        while not isinstance(layer, AdmissionASGI):
+            layer = layer.app  # type: ignore[attr-defined]
+        self.admission = layer
+
+    def state(self) -> dict[str, Any]:
+        """What a request holds while it runs."""
+        routes = self.app.proxy._routes.values()
+        pools = [pool for route in routes for pool in route.pools.values()]
+        now = asyncio.get_running_loop().time()
+        return {
+            "exchanges": len(self.app.proxy.exchanges),
+            "admitted": self.admission.in_flight,
+            "gauge": prometheus_client.REGISTRY.get_sample_value("gateway_requests_in_flight"),
+            "connections in use": sum(pool.open - pool.idle for pool in pools),
+            "at replicas": sum(one["in_flight"] for route in routes for one in route.replicas.status(now)),
+        }
+
+    async def breaker(self) -> dict[str, Any]:
+        status: dict[str, Any] = orjson.loads((await call(self.port, "/circuit-breakers")).body)[NAME]
+        return status
+
+    def ends(self) -> list[tuple[str, str, int]]:
+        """Of the log lines so far: how each request to the service ended."""
+        self.lines += self.output.readouterr().out
+        lines = [orjson.loads(line) for line in self.lines.splitlines()]
+        assert not [line for line in lines if line["level"] == "ERROR"]
+        return [
+            (line.get("cause", "completed"), line["path"], line["status_code"])
+            for line in lines
+            if line.get("path") == PATH
+        ]
+
+
+@asynccontextmanager
+async def gateway(output: pytest.CaptureFixture[bytes], **environ: str) -> AsyncIterator[Rig]:
+    async with service() as upstream:
+        url = environ.pop("URL", upstream.url)
+        app = create_app(Settings.load({"CHATBOT_SERVICE_URL": url, **environ}))
+        async with serving(app, http=partial(GatewayProtocol, limits=EdgeLimits())) as port:
+            yield Rig(port, upstream, app, output)
+
+
+def a_request(method: str = "GET", *fields: bytes, body: bytes = b"") -> bytes:
+    return b"\r\n".join((f"{method} {PATH} HTTP/1.1".encode(), b"Host: h", *fields, b"", body))
+
+
+async def silent(request: Request, reader: Reader, writer: Writer) -> None:
+    """A service that waits for more until its client has left."""
+    await reader.read(-1)
+    raise ConnectionError
+
+
+# Each brings a client into its phase. What the service saw of it must be over once the client has left.
+Phase = Callable[[Rig, Client], Coroutine[Any, Any, None]]
+
+
+async def queued_for_a_connection(gw: Rig, client: Client) -> None:
+    await call(gw.port, PATH)
+    (route,) = gw.app.proxy._routes.values()
+    (pool,) = route.pools.values()
+    assert isinstance(pool, ConnectionPool)
+    pool.close_idle()
+    pool.limit = 0  # by settings alone, admission would come first
+    await client.send(a_request())
+    await until(lambda: pool._waiting)
+
+
+async def sending_the_body(gw: Rig, client: Client) -> None:
+    gw.upstream.handler = silent
+    await client.send(a_request("POST", b"Content-Length: 1000", body=b"half"))
+    await until(lambda: gw.upstream.requests)
+
+
+async def sending_a_body_in_chunks(gw: Rig, client: Client) -> None:
+    gw.upstream.handler = silent
+    await client.send(a_request("POST", b"Transfer-Encoding: chunked", body=b"4\r\nhalf\r\n"))
+    await until(lambda: gw.upstream.requests)
+
+
+async def waiting_for_the_first_byte(gw: Rig, client: Client) -> None:
+    gw.upstream.handler = silent
+    await client.send(a_request("POST", b"Content-Length: 2", body=b"{}"))
+    await until(lambda: gw.upstream.requests)
+
+
+async def streaming(gw: Rig, client: Client) -> None:
+    async def begin(request: Request, reader: Reader, writer: Writer) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n")
+        await silent(request, reader, writer)
+
+    gw.upstream.handler = begin
+    await client.send(a_request())
+    await client.read(b"hi\r\n")
+    await asyncio.sleep(0.11)  # who closes its side along with its request may well want the answer
+
+
+async def streaming_to_one_who_does_not_read(gw: Rig, client: Client) -> None:
+    async def pour(request: Request, reader: Reader, writer: Writer) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            writer.write(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+            await writer.drain()
+            gw.sent += 65536
+
+    gw.upstream.handler = pour
+    await client.send(a_request())
+    await held_back(gw)
+
+
+async def held_back(gw: Rig) -> None:
+    seen = -1
+    while seen != gw.sent or not seen:
+        seen = gw.sent
+        await asyncio.sleep(0.1)
+
+
+async def between_two_attempts(gw: Rig, client: Client) -> None:
+    async def refuse(request: Request, reader: Reader, writer: Writer) -> None:
+        writer.write(b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
+
+    gw.upstream.handler = refuse
+    await client.send(a_request())
+    await until(lambda: gw.upstream.requests)
+    await until(lambda: gw.state()["connections in use"] == 0)
+
+
+async def a_websockets_handshake(gw: Rig, client: Client) -> None:
+    gw.upstream.handler = silent
+    await client.send(handshake(PATH))
+    await until(lambda: gw.upstream.requests)
+
+
+async def a_websockets_handshake_with_much_behind_it(gw: Rig, client: Client) -> None:
+    await a_websockets_handshake(gw, client)
+    await client.send(frame(TEXT, b"x" * 100_000))
+
+
+async def an_open_websocket(gw: Rig, client: Client) -> None:
+    async def read_on(raw: Raw) -> None:
+        await raw.reader.read(-1)
+        raise ConnectionError
+
+    gw.upstream.handler = speaks(read_on)
+    await client.send(handshake(PATH))
+    await client.read(b"\r\n\r\n")
+
+
+async def a_websocket_whose_service_does_not_read(gw: Rig, client: Client) -> None:
+    async def read_nothing(raw: Raw) -> None:
+        await gw.upstream.left.wait()
+
+    gw.upstream.handler = speaks(read_nothing)
+    await client.send(handshake(PATH))
+    await client.read(b"\r\n\r\n")
+    await flood(client, frame(TEXT, b"x" * 60_000))
+
+
+async def sending_a_body_that_the_service_does_not_read(gw: Rig, client: Client) -> None:
+    async def read_nothing(request: Request, reader: Reader, writer: Writer) -> None:
+        await gw.upstream.left.wait()
+        writer.close()
+
+    gw.upstream.handler = read_nothing
+    await client.send(a_request("POST", b"Content-Length: 1000000000"))
+    await flood(client, b"x" * 60_000)
+
+
+async def flood(client: Client, data: bytes) -> None:
+    """Send until nothing more has been taken for a while."""
+    with suppress(TimeoutError):
+        while True:
+            await asyncio.wait_for(client.send(data), 0.3)
+
+
+PHASES: list[Phase] = [
+    queued_for_a_connection,
+    sending_the_body,
+    sending_a_body_in_chunks,
+    waiting_for_the_first_byte,
+    streaming,
+    streaming_to_one_who_does_not_read,
+    between_two_attempts,
+    a_websockets_handshake,
+    a_websockets_handshake_with_much_behind_it,
+    an_open_websocket,
+]
+# A FIN waits behind what was sent before it: where nobody reads that, it is only heard of by the next ping.
+CASES = [pytest.param(phase, by, id=f"{phase.__name__}-{by}") for phase in PHASES for by in ("RST", "FIN")]
+CASES += [
+    pytest.param(a_websocket_whose_service_does_not_read, "RST", id="a_websocket_whose_service_does_not_read-RST"),
+    pytest.param(
+        sending_a_body_that_the_service_does_not_read,
+        "RST",
+        id="sending_a_body_that_the_service_does_not_read-RST",
+        marks=pytest.mark.xfail(
+            strict=True, reason="GatewayProtocol does not ask the kernel about a client while it reads nothing from it"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("phase", "by"), CASES)
+async def test_a_client_that_leaves_ends_its_request_within_250_ms(
+    phase: Phase, by: str, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    async with gateway(capfdbinary, MAX_BODY_BYTES="1000000000") as gw:
+        baseline = gw.state()
+        client = Client(gw.port)
+        await phase(gw, client)
+        during = gw.state()
+        assert during["admitted"] == during["gauge"] == baseline["admitted"] + 1
+        requests = len(gw.upstream.requests)
+        client.leave(by)
+        try:
+            await soon(lambda: gw.state() == baseline)
+        finally:
+            if phase.__name__.endswith("does_not_read"):
+                gw.upstream.left.set()
+        if not phase.__name__.endswith("does_not_read"):
+            await soon(lambda: gw.upstream.open == sum_of_idle(gw))
+        await soon(lambda: gw.ends()[-1:] and gw.ends()[-1][0] == "client_left")
+        assert len(gw.upstream.requests) == requests, "nothing is sent again for somebody who has left"
+        breaker = await gw.breaker()
+        assert (breaker["state"], breaker["recent_failures"]) == ("closed", 0)
+
+
+def sum_of_idle(gw: Rig) -> int:
+    return sum(pool.idle for route in gw.app.proxy._routes.values() for pool in route.pools.values())
+
+
+@pytest.mark.parametrize("by", ["RST", "FIN"])
+@pytest.mark.parametrize("kind", ["request", "websocket"])
+async def test_a_client_that_leaves_while_its_service_does_not_even_accept_ends_the_attempt(
+    kind: str, by: str, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    with socket.socket() as listener, socket.socket() as one, socket.socket() as two:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        for filler in (one, two):  # the backlog is full: further SYNs go unanswered
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        async with gateway(capfdbinary, URL=url, CONNECT_TIMEOUT="30") as gw:
+            baseline = gw.state()
+            client = Client(gw.port)
+            await client.send(a_request() if kind == "request" else handshake(PATH))
+            await until(lambda: connecting(listener) == 1)
+            client.leave(by)
+            await soon(lambda: gw.state() == baseline)
+            await soon(lambda: connecting(listener) == 0)
+            await soon(lambda: gw.ends()[-1:] and gw.ends()[-1][0] == "client_left")
+            assert (await gw.breaker())["recent_failures"] == 0
+
+
+def connecting(listener: socket.socket) -> int:
+    """How many connections of this machine to a listener wait for an answer to their SYN, less the one that fills."""
+    port = b":%04X" % listener.getsockname()[1]
+    rows = [row.split() for row in Path("/proc/net/tcp").read_bytes().splitlines()[1:]]
+    return sum(row[2].endswith(port) and row[3] == b"02" for row in rows) - 1
+
+
+@pytest.mark.parametrize("phase", [waiting_for_the_first_byte, a_websockets_handshake], ids=lambda one: one.__name__)
+async def test_a_probe_whose_client_leaves_gives_its_place_back(
+    phase: Phase, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    quick = {"FAILURE_THRESHOLD": "1", "SUCCESS_THRESHOLD": "1", "TIMEOUT": "0.1"}
+    async with gateway(capfdbinary, **{f"CIRCUIT_BREAKER_{name}": value for name, value in quick.items()}) as gw:
+        gw.upstream.handler = fail
+        await call(gw.port, PATH)
+        while (await gw.breaker())["state"] != "half_open":
+            pass
+        gw.upstream.requests.clear()
+        baseline = gw.state()
+        client = Client(gw.port)
+        await phase(gw, client)
+        assert (await call(gw.port, PATH)).status == 503, "one probe at a time"
+        client.leave("RST")
+        await soon(lambda: gw.state() == baseline)
+        assert (await gw.breaker())["state"] == "half_open"
+        gw.upstream.handler = well
+        assert (await call(gw.port, PATH)).status == 200
+        assert (await gw.breaker())["state"] == "closed"
+
+
+async def fail(request: Request, reader: Reader, writer: Writer) -> None:
+    writer.write(b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n")
+
+
+async def well(request: Request, reader: Reader, writer: Writer) -> None:
+    await read_body(request, reader)
+    writer.write(OK)
