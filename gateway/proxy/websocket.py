@@ -189,7 +189,7 @@ class Upstream(ClientConnection):
         transport: asyncio.Transport | None = getattr(self, "transport", None)  # it comes with the connection
         if transport is None or transport.is_closing():
             return
-        if self.protocol.state is State.CLOSING:
+        if self.protocol.state is State.CLOSING and not self.paused:  # else the service would not read it
             transport.close()
             self.loop.call_later(CLOSE_TIMEOUT, transport.abort)
         else:
