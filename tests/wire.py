@@ -286,8 +286,9 @@ class UnsoundError(Exception):
     """An answer that RFC 9112 does not allow, or that two readers could take differently."""
 
 
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: ([\t \x21-\x7e\x80-\xff]*))?")
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: [^\r\n]*)?")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t \x21-\x7e\x80-\xff]*)")
+TRAILER = re.compile(rb"[\t \x21-\x7e\x80-\xff]+")  # dropped, so no more need be said of it
 CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})(?:[ \t]*;[\t \x21-\x7e\x80-\xff]*)?")
 
 
@@ -357,7 +358,7 @@ async def _read_chunks(reader: Reader, body: bytearray) -> None:
         if await reader.readexactly(2) != b"\r\n":
             raise UnsoundError("a chunk that does not end where it should")
     while line := (await reader.readuntil(b"\r\n"))[:-2]:
-        if FIELD.fullmatch(line) is None:
+        if TRAILER.fullmatch(line) is None:
             raise UnsoundError(f"a malformed trailer: {line[:100]!r}")
 
 
