@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from random import Random
 
 import pytest
-from _pytest.mark import ParameterSet
 from starlette.types import Receive, Scope, Send
 
 from gateway.context import Cause, RequestContext
@@ -289,7 +288,8 @@ MALFORMED = [
         b"HTTP/1.1 2x0 OK", b"HTTP/1.1  200 OK", b"http/1.1 200 OK",
         b"HTTP/1.1\t200 OK", b"HTTP/11 200 OK", b"HTTP/1.10 200 OK", b"HTTP /1.1 200 OK", b" HTTP/1.1 200 OK",
         b"ICY 200 OK", b"GET / HTTP/1.1", b"HTTP/1.1 200 O\rK",
-        b"HTTP/1.1 000 OK", b"HTTP/1.1 200OK", b"\xef\xbb\xbfHTTP/1.1 200 OK",
+        b"HTTP/1.1 000 OK", b"HTTP/1.1 200OK", b"HTTP/2.0 200 OK", b"HTTP/0.9 200 OK",
+        b"RTSP/1.0 200 OK", b"HTTP/1.1 200 O\0K", b"\xef\xbb\xbfHTTP/1.1 200 OK",
     )),
     *(HEAD + b"Content-Length:%b\r\n\r\nok" % value for value in (
         b"", b" ", b" 2, 2", b" 2,3", b" +2", b" -2", b" 0x2", b" 2_0", b" 2 2", b" 2.0", b" 2;", b" \xb2", b" two",
@@ -346,14 +346,6 @@ BAD_CHUNKS = [
     b"2\r\nok\r\n0\r\n X-A: b\r\n\r\n", b"2\r\nok\r\n0\r\nX-A: \0\r\n\r\n", b"2\r\nok\r\n0\r\nX A: b\r\n\r\n",
     b"2\r\nok\r\n0\r\nX-A: b\n\r\n",
 ]  # fmt: skip
-
-
-@pytest.mark.parametrize("protocol", [b"HTTP/2.0", b"HTTP/0.9", b"RTSP/1.0"])
-@pytest.mark.xfail(reason="the parser of answers takes any version of a protocol that it knows", strict=True)
-async def test_an_answer_in_another_protocol_or_version_is_502(protocol: bytes) -> None:
-    async with rig() as gw:
-        [(answer, cause)] = await gw.ask_all([says(protocol + b" 200 OK\r\nContent-Length: 2\r\n\r\nok", Writer.close)])
-        assert (answer.status, cause) == (502, Cause.GARBLED)
 
 
 @pytest.mark.parametrize("way", [says, byte_by_byte], ids=["at once", "byte by byte"])
@@ -442,16 +434,11 @@ ENDLESS = 16 << 20  # bytes
 
 async def ramble(writer: Writer, start: bytes, again: bytes, told: list[int]) -> None:
     writer.write(start)
-    while told[0] < ENDLESS:
+    while told[0] < ENDLESS and not writer.is_closing():
         writer.write(again)
         told[0] += len(again)
         await writer.drain()
     writer.close()
-
-
-def unbounded(start: bytes, again: bytes) -> ParameterSet:
-    reason = "the parser of answers does not bound a line of a chunked body's framing"
-    return pytest.param(start, again, marks=pytest.mark.xfail(reason=reason, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -466,10 +453,10 @@ def unbounded(start: bytes, again: bytes) -> ParameterSet:
         (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
         (b"", b"HTTP/1.1 103 Early Hints\r\nLink: </" + b"a" * 4000 + b">\r\n\r\n"),
         (b"HTTP/1.1 103 Early Hints\r\n", b"Link: </a>\r\n"),
-        unbounded(HEAD + b"Transfer-Encoding: chunked\r\n\r\n2;", b"a" * 4096),
-        unbounded(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"0" * 4096),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n2;", b"a" * 4096),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"0" * 4096),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"X-A: b\r\n"),
-        unbounded(HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX-A: ", b"b" * 4096),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX-A: ", b"b" * 4096),
     ],
 )
 async def test_an_endless_head_or_framing_is_cut_off_after_a_bounded_number_of_bytes(
@@ -488,7 +475,7 @@ async def test_an_endless_head_or_framing_is_cut_off_after_a_bounded_number_of_b
 
 async def drip(writer: Writer, start: bytes, again: bytes) -> None:
     writer.write(start)
-    while True:
+    while not writer.is_closing():
         writer.write(again)
         await writer.drain()
         await asyncio.sleep(0.01)  # a tick of the gateway's timers
