@@ -42,6 +42,7 @@ def test_what_of_a_request_crosses_as_it_is(headers: Headers, expected: Headers)
         ([(b"transfer-encoding", b"chunked"), (b"trailer", b"x"), (b"server", b"s")], [(b"server", b"s")]),
         ([(b"connection", b"content-length"), (b"content-length", b"5")], [(b"content-length", b"5")]),
         ([(b"proxy-authenticate", b"Basic"), (b"keep-alive", b"timeout=5")], []),
+        ([(b"connection", b"x-a"), (b"x-a", b"1"), (b"connection", b"keep-alive"), (b"x-b", b"2")], [(b"x-b", b"2")]),
     ],
 )
 def test_what_of_an_answer_reaches_the_client(headers: Headers, expected: Headers) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -9,6 +11,10 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+
+from gateway.policies.edge import EdgeLimits
+from gateway.server.worker import GatewayServer, server_config
+from gateway.server.workers import bind
 
 
 class RunningServer(uvicorn.Server):
@@ -57,6 +63,22 @@ async def serving(app: ASGIApp, **options: Any) -> AsyncIterator[int]:
         await server.stop()
 
 
+@asynccontextmanager
+async def serving_at_the_edge(app: ASGIApp, **limits: Any) -> AsyncIterator[int]:
+    """Serve an application by the gateway's own server, in this loop; gives the port on 127.0.0.1."""
+    edge = EdgeLimits(**limits)
+    listeners = bind("127.0.0.1", 0)
+    ready = asyncio.Event()
+    server = GatewayServer(server_config(app, edge), edge, on_ready=ready.set)
+    running = asyncio.create_task(server.serve(sockets=listeners))
+    await ready.wait()
+    try:
+        yield listeners[0].getsockname()[1]
+    finally:
+        server.quit()
+        await running
+
+
 @dataclass
 class Request:
     """A request as a service got it, byte for byte."""
@@ -72,6 +94,11 @@ class Request:
     @property
     def method(self) -> bytes:
         return self.head.split(b" ", 1)[0]
+
+    @property
+    def fields(self) -> list[tuple[bytes, bytes]]:
+        lines = [line.partition(b":") for line in self.head.split(b"\r\n")[1:-2]]
+        return [(name.lower(), value.strip(b" \t")) for name, _, value in lines]
 
     def values(self, name: bytes) -> list[bytes]:
         lines = self.head.split(b"\r\n")[1:]
@@ -253,6 +280,104 @@ def unchunk(body: bytes) -> tuple[bytes, bool]:
         if rest[count : count + 2] != b"\r\n" or count < 0:
             return data, False
         rest = rest[count + 2 :]
+
+
+class UnsoundError(Exception):
+    """An answer that RFC 9112 does not allow, or that two readers could take differently."""
+
+
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: [^\r\n]*)?")
+FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t \x21-\x7e\x80-\xff]*)")
+TRAILER = re.compile(rb"[\t \x21-\x7e\x80-\xff]+")  # dropped, so no more need be said of it
+CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})(?:[ \t]*;[\t \x21-\x7e\x80-\xff]*)?")
+
+
+async def read_answer(reader: Reader, method: bytes = b"GET") -> Answer:
+    """One answer off a connection that may go on behind it, by the letter of RFC 9112; interim ones are read over.
+
+    One whose head came whole and whose body did not is returned, as not ``whole``; its ``raw`` is all the heads.
+
+    Raises:
+        asyncio.IncompleteReadError, ConnectionError: the connection ended before the end of the head.
+        UnsoundError: what came is not an answer, or its framing is unsound.
+    """
+    raw = b""
+    while True:
+        raw += (head := await reader.readuntil(b"\r\n\r\n"))
+        first, *lines = head[:-4].split(b"\r\n")
+        start = STATUS_LINE.fullmatch(first)
+        found = [FIELD.fullmatch(line) for line in lines]
+        if start is None or None in found:
+            raise UnsoundError(f"a malformed head: {head[:200]!r}")
+        if start[2] == b"101":
+            raise UnsoundError("another protocol")
+        if start[2] >= b"200":
+            break
+    status = int(start[2])
+    headers = [(match[1].lower(), match[2].strip(b" \t")) for match in found if match is not None]
+    lengths = [value for name, value in headers if name == b"content-length"]
+    codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
+    if codings and (codings != [b"chunked"] or lengths or start[1] == b"0"):
+        raise UnsoundError(f"an ambiguous or unknown framing: {headers}")
+    if lengths and (len(lengths) > 1 or not re.fullmatch(rb"\d+", lengths[0])):
+        raise UnsoundError(f"an ambiguous length: {lengths}")
+    body = bytearray()
+    whole = True
+    if method != b"HEAD" and status not in (204, 304):
+        try:
+            if codings:
+                await _read_chunks(reader, body)
+            elif lengths:
+                await _read_into(body, reader, int(lengths[0]))
+            else:
+                while data := await reader.read(65536):
+                    body += data
+        except (asyncio.IncompleteReadError, ConnectionError):
+            whole = False
+    return Answer(status, headers, bytes(body), whole, raw)
+
+
+async def _read_into(body: bytearray, reader: Reader, size: int) -> None:
+    while size > 0:
+        data = await reader.read(min(size, 65536))
+        if not data:
+            raise asyncio.IncompleteReadError(b"", size)
+        body += data
+        size -= len(data)
+
+
+async def _read_chunks(reader: Reader, body: bytearray) -> None:
+    while True:
+        line = (await reader.readuntil(b"\r\n"))[:-2]
+        size = CHUNK_SIZE.fullmatch(line)
+        if size is None:
+            raise UnsoundError(f"the size of a chunk: {line[:100]!r}")
+        if int(size[1], 16) == 0:
+            break
+        await _read_into(body, reader, int(size[1], 16))
+        if await reader.readexactly(2) != b"\r\n":
+            raise UnsoundError("a chunk that does not end where it should")
+    while line := (await reader.readuntil(b"\r\n"))[:-2]:
+        if TRAILER.fullmatch(line) is None:
+            raise UnsoundError(f"a malformed trailer: {line[:100]!r}")
+
+
+@asynccontextmanager
+async def connected(port: int) -> AsyncIterator[tuple[Reader, Writer]]:
+    """A client's connection, closed in the end; it holds a large head."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+def reset(writer: Writer) -> None:
+    """Close a connection by a RST, whatever is under way."""
+    raw = writer.transport.get_extra_info("socket")
+    if raw is not None:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
 
 
 async def until(condition: Callable[[], Any], timeout: float = 5.0) -> None:
