@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from gateway.context import RequestContext
 from gateway.middleware.correlation import CorrelationASGI
 from gateway.policies.edge import EdgeLimits
+from gateway.server import http1
 from gateway.server.http1 import METHODS, ChunkedBody, RefusedError, RequestHead, read_head, refuse_early
 from gateway.server.protocol import TCP_CLOSED
 from gateway.server.worker import GatewayServer, server_config
@@ -179,6 +180,32 @@ async def test_a_request_reaches_the_application_byte_for_byte() -> None:
     assert scope["client"][0] == scope["server"][0] == "127.0.0.1"
     assert scope["scheme"] == "http"
     assert "gateway.server" in scope["extensions"]
+
+
+async def test_requests_of_one_connection_share_nothing_that_they_may_change() -> None:
+    async def spoil(scope: Scope, receive: Receive, send: Send) -> None:
+        line = [scope[key] for key in ("method", "path", "query_string", "http_version")]
+        seen.append([*line, dict(scope["state"])])
+        scope["state"]["mine"] = True
+        scope["headers"].append((b"mine", b"true"))
+        scope["path"] = scope["query_string"] = scope["http_version"] = scope["method"] = "mine"
+        await answer(send)
+
+    seen: list[object] = []
+    async with serving(Application(spoil)) as port:
+        await talk(
+            port,
+            b"GET /a?b HTTP/1.1\r\nHost: a\r\n\r\nGET /a HTTP/1.1\r\nHost: a\r\n\r\nGET /a HTTP/1.1\r\nHost: a\r\n\r\n"
+            b"GET /a?c HTTP/1.1\r\nHost: a\r\n\r\nGET /a HTTP/1.1\r\nHost: a\r\n\r\nPOST /a HTTP/1.0\r\n\r\n",
+        )
+    assert seen == [
+        ["GET", "/a", b"b", "1.1", {}],
+        ["GET", "/a", b"", "1.1", {}],
+        ["GET", "/a", b"", "1.1", {}],
+        ["GET", "/a", b"c", "1.1", {}],
+        ["GET", "/a", b"", "1.1", {}],
+        ["POST", "/a", b"", "1.0", {}],
+    ]
 
 
 async def test_the_authority_of_an_absolute_target_becomes_the_host() -> None:
@@ -1333,26 +1360,59 @@ def accepted(head: bytes) -> RequestHead | None:
 @given(HEADS)
 def test_what_is_let_in_the_reference_parser_reads_in_the_same_way(head: bytes) -> None:
     request = accepted(head)
-    if request is None or not request.raw_path.isascii() or not request.query.isascii():
+    if request is None:
+        return
+    (method, raw_path, _, query, version, _), headers, _, special = request
+    if not raw_path.isascii() or not query.isascii():
         return  # where we are laxer: curl sends UTF-8 as it is
     reference = Reference(head + b"\r\n\r\n")
     assert reference.complete
-    assert reference.parser.get_method().decode() == request.method
-    assert reference.parser.get_http_version() == request.version
-    target = request.raw_path + (b"?" + request.query if request.query else b"")
+    assert reference.parser.get_method().decode() == method
+    assert reference.parser.get_http_version() == version
+    target = raw_path + (b"?" + query if query else b"")
     assert reference.url.removeprefix(b"http://a").rstrip(b"?") == target.rstrip(b"?")
     theirs = [(name, value.strip(b" \t")) for name, value in reference.headers if b"_" not in name]
-    ours = [field for field in request.headers if b"_" not in field[0]]
-    assert ours == theirs or (request.version == "1.0" and ours[1:] == theirs)  # the authority became the Host
-    if request.version == "1.1":
-        assert reference.parser.should_keep_alive() == request.keep_alive
+    ours = [field for field in headers if b"_" not in field[0]]
+    assert ours == theirs or (version == "1.0" and ours[1:] == theirs)  # the authority became the Host
+    if version == "1.1":
+        assert reference.parser.should_keep_alive() == (special is None or special.keep_alive)
+
+
+@given(HEADS)
+def test_a_head_means_the_same_when_its_lines_were_read_before(head: bytes) -> None:
+    http1._FIELDS.clear()
+    http1._REQUEST_LINES.clear()
+    assert facts(accepted(head)) == facts(accepted(head))
+
+
+def facts(request: RequestHead | None) -> object:
+    if request is None:
+        return None
+    line, headers, length, special = request
+    return line, headers, length, special and (special.keep_alive, special.expects_continue, special.websocket)
 
 
 def test_requests_with_the_same_line_share_nothing_that_can_be_changed() -> None:
     first = read_head(b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nConnection: close", LIMITS)
     second = read_head(b"POST /a HTTP/1.1\r\nHost: b", LIMITS)
-    assert (first.headers[0], first.length, first.keep_alive) == ((b"host", b"a"), 5, False)
-    assert (second.headers, second.length, second.keep_alive) == ([(b"host", b"b")], 0, True)
+    assert first[1][0] == (b"host", b"a")
+    assert first[2] == 5
+    assert first[3] is not None
+    assert not first[3].keep_alive
+    assert second[1:] == ([(b"host", b"b")], 0, None)
+
+
+def test_what_is_remembered_of_requests_is_bounded_and_no_secret() -> None:
+    for number in range(5000):
+        read_head(b"GET /%d HTTP/1.1\r\nHost: a%d\r\nCookie: secret=%d" % (number, number, number), LIMITS)
+        read_head(b"GET /?secret=%d HTTP/1.1\r\nHost: a\r\nAuthorization: secret %d" % (number, number), LIMITS)
+        read_head(b"GET / HTTP/1.1\r\nHost: a\r\nX-User-ID: secret-%d\r\nX%d: secret" % (number, number), LIMITS)
+        read_head(b"GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: %b%d" % (b"long" * 64, number), LIMITS)
+    assert len(http1._FIELDS) <= 512
+    assert len(http1._REQUEST_LINES) <= 256
+    assert len(http1._PLAIN_NAMES) <= 1024
+    remembered = [*http1._FIELDS, *http1._REQUEST_LINES, *http1._PLAIN_NAMES]
+    assert not [line for line in remembered if b"secret" in line or len(line) > 256]
 
 
 @given(HEADS, st.data())

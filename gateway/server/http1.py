@@ -42,12 +42,28 @@ UNDERSTOOD = frozenset(
     b"connection content-length expect host sec-websocket-key sec-websocket-version transfer-encoding upgrade".split()
 )
 
-REMEMBERED = 256  # request lines, of at most so many bytes each
 QUESTION_MARK = 0x3F  # looked for as a number: `b"?" in line` raises and swallows an exception within CPython
+WEIGHTY_OPTIONS = frozenset((b"close", b"upgrade"))  # of a Connection field
+REPEATED = frozenset(
+    b"accept accept-charset accept-encoding accept-language cache-control connection content-encoding content-length "
+    b"content-type expect host origin pragma te upgrade user-agent x-forwarded-host x-forwarded-port "
+    b"x-forwarded-proto".split()
+)
+
+Field = tuple[Header, int | None]
+"""A header field and what it means for the framing: a Content-Length's value, one of those below, or nothing."""
+IS_HOST, IS_OTHER, IS_LOOK_ALIKE = -1, -2, -3
+VISIBLE = bytes(QUESTION_MARK if byte in CONTROLS else byte for byte in range(256))  # changes nothing but controls
+
+# Clients say much the same in each request: what was read once need not be read again. Lines that can't be secrets,
+# so many and so long at most. A stranger may push them out, and thereby make others' requests a little dearer.
+_REQUEST_LINES: dict[bytes, "RequestLine"] = {}
+_FIELDS: dict[bytes, Field] = {}
+REMEMBERED = 256  # bytes of a request line at most
 
 # A few names make up nearly all fields. Looked up they cost a third, and come out as the same objects each time, whose
 # hash is known: every layer that compares names gains. Strangers can't fill memory with it: only so many short ones.
-_NAMES: dict[bytes, bytes] = {}
+_PLAIN_NAMES: dict[bytes, bytes] = {}  # of those whose lines aren't remembered, and mean nothing here
 
 
 class RefusedError(Exception):
@@ -68,32 +84,31 @@ class RefusedError(Exception):
         self.header = header
 
 
-class RequestHead:
-    """A request line and its header fields, found sound.
+class Special:
+    """What is out of the ordinary in a sound head.
 
     Attributes:
-        method, raw_path, query, version: of the request line; the bytes as they were sent, ``version`` as ``"1.1"``.
-        path: ``raw_path``, percent-decoded.
-        authority: what the target names as the host, where it is a whole URL.
-        headers: names in lower case; without look-alikes of fields that matter.
-        length: bytes of body; None for a chunked one.
         keep_alive: the client would go on after this request.
         expects_continue: it waits for a 100 before it sends the body.
         websocket: it asks for a WebSocket, soundly.
     """
 
-    length: int | None = 0
-    expects_continue = False
-    websocket = False
+    __slots__ = ("expects_continue", "keep_alive", "websocket")
 
-    def __init__(self, line: "RequestLine") -> None:
-        self.method, self.raw_path, self.path, self.query, self.version, self.authority = line
-        self.headers: list[Header] = []
-        self.keep_alive = self.version == "1.1"
+    def __init__(self, keep_alive: bool) -> None:
+        self.keep_alive = keep_alive
+        self.expects_continue = False
+        self.websocket = False
 
 
 RequestLine = tuple[str, bytes, str, bytes, str, bytes | None]
-"""Of a request: method, raw_path, path, query, version, authority."""
+"""Of a request: method, raw_path, path (percent-decoded), query, version (``"1.1"``), and what the target names as the
+host, where it is a whole URL."""
+
+RequestHead = tuple[RequestLine, list[Header], int | None, Special | None]
+"""A request line, its header fields (names in lower case; without look-alikes of fields that matter), the bytes of body
+to come (None for a chunked one), and what is special about them; most have nothing, and are an HTTP/1.1 request that
+keeps the connection."""
 
 
 def read_head(head: bytes, limits: EdgeLimits) -> RequestHead:
@@ -102,37 +117,61 @@ def read_head(head: bytes, limits: EdgeLimits) -> RequestHead:
     Raises:
         RefusedError: with 400, 405, 414, 417, 431, 501 or 505.
     """
+    size = len(head)
     lines = head.split(b"\r\n")
-    request = read_request_line(lines[0], limits)
-    if len(head) > limits.max_head_bytes:
+    first = lines.pop(0)
+    request_line = _REQUEST_LINES.get(first)
+    if request_line is None or size > limits.max_request_line_bytes:
+        request_line = read_request_line(first, limits)
+    if size > limits.max_head_bytes:
         raise _too_large()
-    if len(lines) - 1 > limits.max_fields:
+    if len(lines) > limits.max_fields:
         raise RefusedError(431, "too_many_fields", "The request has too many header fields")
-    if len(head) - len(head.translate(None, CONTROLS)) != 2 * (len(lines) - 1):  # the line ends, and no other
-        raise _malformed("The request's header has a control character in it")
-    del lines[0]
-    if len(head) > limits.max_field_bytes and max(map(len, lines), default=0) > limits.max_field_bytes:
+    if size > limits.max_field_bytes and max(map(len, lines), default=0) > limits.max_field_bytes:
         raise RefusedError(431, "field_too_large", "A header field of the request is too large")
 
-    headers = request.headers
-    understood: list[Header] = []
+    headers: list[Header] = []
+    host: bytes | None = None
+    length: int | None = None
+    others: list[Header] | None = None
+    remembered = _FIELDS.get
     for line in lines:
-        raw_name, colon, value = line.partition(b":")
-        if not colon:
-            raise _malformed("A header field of the request has no colon")
-        name = _NAMES.get(raw_name) or field_name(raw_name)
-        if name is None:
-            continue
-        field = (name, value.strip())  # of spaces and tabs: there is no other control character
+        known = remembered(line)
+        if known is None:
+            if line.translate(VISIBLE) != line:
+                raise _malformed("The request's header has a control character in it")
+            raw_name, colon, value = line.partition(b":")
+            name = _PLAIN_NAMES.get(raw_name)
+            if name is not None and colon:
+                headers.append((name, value.strip()))  # of spaces and tabs: there is no other control character
+                continue
+            if not colon:
+                raise _malformed("A header field of the request has no colon")
+            known = _read_field(line, raw_name, value.strip())
+        field, meaning = known
+        if meaning is not None:
+            if meaning >= 0:
+                if length is not None:
+                    raise _malformed("The request's Content-Length is malformed")
+                length = meaning
+            elif meaning == IS_HOST:
+                if host is not None:
+                    raise _malformed("The request has two Host fields")
+                host = field[1]
+            elif meaning == IS_LOOK_ALIKE:
+                continue
+            elif others is None:
+                others = [field]
+            else:
+                others.append(field)
         headers.append(field)
-        if name in UNDERSTOOD:
-            understood.append(field)
-    _understand(request, understood)
-    return request
+    if others is None and host is not None and request_line[5] is None and request_line[4] == "1.1":
+        return request_line, headers, 0 if length is None else length, None
+    return _understand(request_line, headers, host, length, others or [])
 
 
-def read_request_line(line: bytes, limits: EdgeLimits) -> RequestHead:
-    """The request that this line opens, still without its fields.
+def read_request_line(line: bytes, limits: EdgeLimits) -> RequestLine:
+    """Read the line that opens a request.
 
     Raises:
         RefusedError: with 400, 405, 414 or 505.
@@ -140,9 +179,12 @@ def read_request_line(line: bytes, limits: EdgeLimits) -> RequestHead:
     size = len(line)
     if size > limits.max_request_line_bytes:
         raise too_long_a_line()
-    if size > REMEMBERED or QUESTION_MARK in line:  # a query seldom comes back, and may be a secret
-        return RequestHead(_read_line(line))
-    return RequestHead(_remember_line(line))
+    request_line = _read_line(line)
+    if size <= REMEMBERED and QUESTION_MARK not in line:  # a query seldom comes back, and may be a secret
+        if len(_REQUEST_LINES) >= 256:
+            _REQUEST_LINES.clear()
+        _REQUEST_LINES[line] = request_line
+    return request_line
 
 
 def _read_line(line: bytes) -> RequestLine:
@@ -171,7 +213,37 @@ def _read_line(line: bytes) -> RequestLine:
     return method, raw_path, path.decode("utf-8", "replace"), query, version, authority
 
 
-_remember_line = lru_cache(maxsize=REMEMBERED)(_read_line)
+def _read_field(line: bytes, raw_name: bytes, value: bytes) -> Field:
+    name = field_name(raw_name)
+    if name is None:
+        return (b"", b""), IS_LOOK_ALIKE
+    meaning = _meaning(name, value) if name in UNDERSTOOD else None
+    if name in REPEATED:
+        if len(line) <= 128:
+            if len(_FIELDS) >= 512:
+                _FIELDS.clear()
+            _FIELDS[line] = (name, value), meaning
+    elif meaning is None and len(_PLAIN_NAMES) < 1024 and len(name) < 48:
+        _PLAIN_NAMES[raw_name] = name
+    return (name, value), meaning
+
+
+def _meaning(name: bytes, value: bytes) -> int | None:
+    if name == b"host":
+        if not _is_authority(value):
+            raise _malformed("The request's Host field is malformed")
+        return IS_HOST
+    if name == b"content-length":
+        if len(value) > 18 or not value.isdigit():
+            raise _malformed("The request's Content-Length is malformed")
+        return int(value)
+    if name == b"connection" and not WEIGHTY_OPTIONS.intersection(_options(value)):
+        return None
+    return IS_OTHER
+
+
+def _options(value: bytes) -> list[bytes]:
+    return [option.strip() for option in value.lower().split(b",")]
 
 
 def field_name(raw: bytes) -> bytes | None:
@@ -185,8 +257,6 @@ def field_name(raw: bytes) -> bytes | None:
     name = raw.lower()
     if b"_" in name and name.replace(b"_", b"-") in SHADOWED:
         return None
-    if len(_NAMES) < 1024 and len(name) < 48:
-        _NAMES[raw] = name
     return name
 
 
@@ -270,28 +340,24 @@ class ChunkedBody(framing.ChunkedBody):
             raise _malformed(f"The request's {error}") from None
 
 
-def _understand(request: RequestHead, fields: list[Header]) -> None:
-    """Draw from the fields that need understanding what ``request`` says of it."""
-    host: bytes | None = None
+def _understand(
+    line: RequestLine, headers: list[Header], host: bytes | None, length: int | None, others: list[Header]
+) -> RequestHead:
+    """Draw from a head that is not the usual one what it says of how to read it and how to answer it."""
+    method, raw_path, _, query, version, authority = line
+    special = Special(keep_alive=version == "1.1")
     upgrade = key = websocket_version = b""
     options: list[bytes] = []
     codings: list[bytes] = []
-    lengths: list[bytes] = []
-    for name, value in fields:
-        if name == b"host":
-            if host is not None:
-                raise _malformed("The request has two Host fields")
-            host = value
-        elif name == b"content-length":
-            lengths.append(value)
-        elif name == b"transfer-encoding":
+    for name, value in others:
+        if name == b"transfer-encoding":
             codings.append(value)
         elif name == b"connection":
-            options += [option.strip() for option in value.lower().split(b",")]
+            options += _options(value)
         elif name == b"expect":
             if value.lower() != b"100-continue":
                 raise RefusedError(417, "expectation_failed", "The only expectation met here is 100-continue")
-            request.expects_continue = request.version == "1.1"
+            special.expects_continue = version == "1.1"
         elif name == b"upgrade":
             upgrade = value.lower()
         elif name == b"sec-websocket-key":
@@ -299,58 +365,44 @@ def _understand(request: RequestHead, fields: list[Header]) -> None:
         else:
             websocket_version = value
 
-    _settle_host(request, host)
-    if lengths or codings:
-        _settle_length(request, lengths, codings)
+    if host is None and version == "1.1":
+        raise _malformed("The request has no Host field")
+    if authority is not None:
+        _settle_host(headers, host, authority)
+    if codings:
+        if length is not None:
+            raise _malformed("The request has both Content-Length and Transfer-Encoding")
+        if version == "1.0":
+            raise _malformed("An HTTP/1.0 request can't have Transfer-Encoding")
+        if len(codings) > 1 or codings[0].lower() != b"chunked":
+            raise RefusedError(501, "transfer_encoding", "The only transfer coding understood here is chunked")
+    elif length is None:
+        length = 0
     if b"close" in options:
-        request.keep_alive = False
-    if request.expects_continue and request.length == 0:
-        request.expects_continue = False  # there is nothing to wait with
-    if upgrade == b"websocket" and b"upgrade" in options and request.method == "GET" and request.version == "1.1":
-        _check_handshake(request, key, websocket_version)
-        request.websocket = True
+        special.keep_alive = False
+    if length == 0:
+        special.expects_continue = False  # there is nothing to wait with
+    if upgrade == b"websocket" and b"upgrade" in options and method == "GET" and version == "1.1":
+        if length != 0:
+            raise _malformed("A WebSocket's handshake can't have a body")
+        if not (raw_path.isascii() and query.isascii()):  # uvicorn's implementation would fail at it
+            raise _malformed("The target of the WebSocket's handshake has a character in it that must be escaped")
+        _check_handshake(key, websocket_version)
+        special.websocket = True
+    return line, headers, length, special
 
 
-def _settle_host(request: RequestHead, host: bytes | None) -> None:
-    authority = request.authority
-    if host is not None and not _is_authority(host):
-        raise _malformed("The request's Host field is malformed")
-    if authority is None:
-        if host is None and request.version == "1.1":
-            raise _malformed("The request has no Host field")
-        return
+def _settle_host(headers: list[Header], host: bytes | None, authority: bytes) -> None:
     if not _is_authority(authority):
         raise _malformed("The request's target is malformed")
     if host is None:
-        if request.version == "1.1":
-            raise _malformed("The request has no Host field")
-        request.headers.insert(0, (b"host", authority))
+        headers.insert(0, (b"host", authority))
     elif host.lower() != authority.lower():
         raise _malformed("The request's Host field and its target name different hosts")
 
 
-def _settle_length(request: RequestHead, lengths: list[bytes], codings: list[bytes]) -> None:
-    if codings:
-        if lengths:
-            raise _malformed("The request has both Content-Length and Transfer-Encoding")
-        if request.version == "1.0":
-            raise _malformed("An HTTP/1.0 request can't have Transfer-Encoding")
-        if len(codings) > 1 or codings[0].lower() != b"chunked":
-            raise RefusedError(501, "transfer_encoding", "The only transfer coding understood here is chunked")
-        request.length = None
-    else:
-        length = lengths[0]
-        if len(lengths) > 1 or len(length) > 18 or not length.isdigit():
-            raise _malformed("The request's Content-Length is malformed")
-        request.length = int(length)
-
-
-def _check_handshake(request: RequestHead, key: bytes, version: bytes) -> None:
+def _check_handshake(key: bytes, version: bytes) -> None:
     """RFC 6455, 4.2.1."""
-    if request.length != 0:
-        raise _malformed("A WebSocket's handshake can't have a body")
-    if not (request.raw_path.isascii() and request.query.isascii()):  # uvicorn's implementation would fail at it
-        raise _malformed("The target of the WebSocket's handshake has a character in it that must be escaped")
     if version != b"13":
         header = (b"sec-websocket-version", b"13")
         raise RefusedError(400, "websocket_version", "The only version of WebSockets spoken here is 13", header)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from http import HTTPStatus
 from os import urandom
+from time import monotonic
 from typing import Any, cast
 
 from starlette.types import ASGIApp, Message, Scope
@@ -28,7 +29,8 @@ from gateway.server.http1 import (
     ChunkedBody,
     Header,
     RefusedError,
-    RequestHead,
+    RequestLine,
+    Special,
     correlation_id_of,
     glimpse,
     path_to_tell,
@@ -55,6 +57,10 @@ GONE: Message = {"type": "http.disconnect"}
 CR, LF, NUL = b"\r\n\0"  # numbers: `b"\r" in data` raises and swallows an exception within CPython
 CONTENT_LENGTH = b"\r\ncontent-length: "
 
+BY_LENGTH, NO_BODY, CHUNKED, BY_END = range(4)
+"""How the body of an answer is framed: by its length, not at all for there is none, in chunks, by the connection's end;
+of the last, only a reset can say that it is not whole."""
+
 IDLE, BODY, ANSWERING, DISCARDING, LINGERING, CLOSED = range(6)
 """What a connection is doing: awaiting a head, reading a body, awaiting the answer to a whole request, reading over the
 rest of a body that was answered, reading over what comes after the last answer; done."""
@@ -68,27 +74,26 @@ def _status_line(status: int) -> bytes:
     return f"HTTP/1.1 {status} {phrase}".encode()
 
 
-class FieldStarts(dict[bytes, bytes | None]):
-    """How a field of an answer begins, with the end of the line before it, by its name; None where it is about framing.
+# How a field of an answer begins, with the end of the line before it, by its name; None where it is about framing.
+FIELD_STARTS: dict[bytes, bytes | None] = dict.fromkeys(
+    (b"connection", b"content-length", b"keep-alive", b"transfer-encoding")
+)
+STATUS_LINES = {status: _status_line(status) for status in range(200, 1000)}
 
-    It fills itself, up to a bound.
+
+def _field_start(name: bytes) -> bytes | None:
+    """How a field of that name begins, remembered for the next one.
 
     Raises:
         RuntimeError: it is not a name.
     """
-
-    def __missing__(self, name: bytes) -> bytes | None:
-        if not name or name.translate(None, TOKEN):
-            raise RuntimeError(f"{name!r} is not the name of a header")
-        lowered = name.lower()
-        start = b"\r\n%b: " % name if lowered == name else self[lowered]
-        if len(self) < 1024 and len(name) < 48:
-            self[name] = start
-        return start
-
-
-FIELD_STARTS = FieldStarts(dict.fromkeys((b"connection", b"content-length", b"keep-alive", b"transfer-encoding")))
-STATUS_LINES = {status: _status_line(status) for status in range(200, 1000)}
+    if not name or name.translate(None, TOKEN):
+        raise RuntimeError(f"{name!r} is not the name of a header")
+    lowered = name.lower()
+    start = FIELD_STARTS.get(lowered, b"\r\n%b: " % lowered)
+    if len(FIELD_STARTS) < 1024 and len(name) < 48:
+        FIELD_STARTS[name] = start
+    return start
 
 
 class Edge:
@@ -96,6 +101,7 @@ class Edge:
 
     Attributes:
         limits: the caps and deadlines.
+        idle_timeout: seconds that an idle connection has for one more request.
         connections: all that are open, but WebSockets.
         draining: answers close their connection.
         leaving: nothing new is accepted, and an idle connection has a second for one more request.
@@ -107,6 +113,7 @@ class Edge:
     def __init__(self, config: Config, limits: EdgeLimits, loop: asyncio.AbstractEventLoop) -> None:
         self.app: ASGIApp = cast("ASGIApp", config.loaded_app)
         self.limits = limits
+        self.idle_timeout = limits.keep_alive_timeout
         self.loop = loop
         self.connections: set[GatewayProtocol] = set()
         self.draining = False
@@ -133,6 +140,7 @@ class Edge:
     def leave(self) -> None:
         """Close what is idle, though not at once: its client may be about to send."""
         self.draining = self.leaving = True
+        self.idle_timeout = min(self.idle_timeout, GRACE)
         due = self.loop.time() + GRACE
         for connection in self.connections:
             if connection.state == IDLE:
@@ -155,7 +163,6 @@ class GatewayProtocol(asyncio.Protocol):
 
     __slots__ = (
         "app_state",
-        "begun_at",
         "buffer",
         "chunks",
         "client",
@@ -163,6 +170,7 @@ class GatewayProtocol(asyncio.Protocol):
         "cycle",
         "due",
         "edge",
+        "line",
         "loop",
         "peer_is_done",
         "reading_paused",
@@ -201,7 +209,6 @@ class GatewayProtocol(asyncio.Protocol):
         self.state = IDLE
         self.due = 0.0  # when patience with the client ends, on the loop's clock
         self.requests = 0
-        self.begun_at = 0.0  # when the latest of them came
         self.cycle: RequestCycle | None = None
         self.buffer: bytes | bytearray = b""  # what came of a head, or while a request was being answered
         self.remaining = 0  # bytes of the body still to come, unless it is chunked
@@ -219,7 +226,9 @@ class GatewayProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.client = get_remote_addr(self.transport)
-        # Copied for each request, which is far quicker than to make one; hence all keys are there.
+        # Copied for each request, which is far quicker than to make one; hence all keys are there. It says what the
+        # latest ``line`` did, that often is the next one's too.
+        self.line: RequestLine | None = None
         self.scope: dict[str, Any] = {
             "type": "http",
             "asgi": ASGI,
@@ -264,7 +273,7 @@ class GatewayProtocol(asyncio.Protocol):
             return False
         if not cycle.response_started:
             self.loop.call_later(PROBE_AFTER, self._probe)
-        elif self.loop.time() - self.begun_at > PROBE_AFTER:
+        elif monotonic() - cycle.context.started > PROBE_AFTER:
             # Who half-closes on purpose does so along with the request. Others have left, and to go on costs money.
             self._lose()
             return False
@@ -278,87 +287,39 @@ class GatewayProtocol(asyncio.Protocol):
         _wake(self.writable_waiters)
 
     def data_received(self, data: bytes) -> None:
-        state = self.state
-        if state == IDLE:
-            if self.buffer:
-                self._continue_head(data)
-            else:
-                self._read_head(data)
-        elif state in (BODY, DISCARDING):
-            self._read_body(data)
-        elif state == ANSWERING:
-            self.buffer = data if not self.buffer else self.buffer + data
-            if len(self.buffer) > WINDOW:
-                self.pause_reading()
-
-    # Reading
-
-    def _read_head(self, data: bytes) -> None:
-        """Take bytes with which a request begins."""
-        while data.startswith(b"\r\n"):  # some clients end a body with one too many (RFC 9112, 2.2)
-            data = data[2:]
-        head, end, rest = data.partition(b"\r\n\r\n")
-        if end:
-            self._begin(head, rest)
-        elif data:
-            if self.requests:  # else the time runs from the connect
-                self._wait_for_client(self.edge.limits.head_timeout)
-            self.buffer = bytearray(data)
-            self._look_early()
-
-    def _continue_head(self, data: bytes) -> None:
-        buffer = self.buffer
-        searched = max(0, len(buffer) - 3)
-        buffer += data
-        self.buffer = buffer
-        if searched == 0 and buffer.startswith(b"\r\n"):
-            self.buffer = b""
-            self._read_head(bytes(buffer))
+        if self.state != IDLE or self.buffer:
+            self._go_on_reading(data)
             return
-        end = buffer.find(b"\r\n\r\n", searched)
-        if end >= 0:
-            self.buffer = b""
-            self._begin(bytes(buffer[:end]), bytes(buffer[end + 4 :]))
-        elif len(buffer) < 1024 or b"\n" in data or len(data) > 1000 or len(buffer) % 1024 == 0:
-            self._look_early()  # and not at each of 64,000 single bytes
-
-    def _look_early(self) -> None:
+        while data[0] == CR and data.startswith(b"\r\n"):  # some clients end a body with one too many (RFC 9112, 2.2)
+            data = data[2:]
+            if not data:
+                return
+        head, end, rest = data.partition(b"\r\n\r\n")
+        if not end:
+            self._await_head(data)
+            return
         try:
-            refuse_early(self.buffer, self.edge.limits)
-        except RefusedError as refusal:
-            self._refuse(refusal, *glimpse(self.buffer, whole=False))
-
-    def _begin(self, head: bytes, rest: bytes) -> None:
-        """A whole head has come, and ``rest`` behind it: start its request."""
-        try:
-            request = read_head(head, self.edge.limits)
+            line, headers, length, special = read_head(head, self.edge.limits)
         except RefusedError as refusal:
             self._refuse(refusal, *glimpse(head, whole=True))
             return
         self.requests += 1
-        self.begun_at = self.loop.time()
         self.due = ENDLESS
         scope = self.scope.copy()
-        scope["http_version"] = request.version
-        scope["method"] = request.method
-        scope["path"] = request.path
-        scope["raw_path"] = request.raw_path
-        scope["query_string"] = request.query
-        scope["headers"] = request.headers
-        scope["state"] = self.app_state.copy()
-        if root_path := self.config.root_path:
-            scope["path"] = root_path + request.path
-            scope["raw_path"] = root_path.encode() + request.raw_path
-        if request.websocket and self.config.ws_protocol_class is not None:
+        if line is not self.line:
+            self._tell(scope, line)
+        scope["headers"] = headers
+        scope["state"] = self.app_state.copy() if self.app_state else {}
+        if special is not None and special.websocket and self.config.ws_protocol_class is not None:
             self._hand_over(scope, rest)
             return
-        self.cycle = cycle = RequestCycle(self, scope, request)
-        cycle.task = task = self.loop.create_task(cycle.run(self.edge.app))
+        whole = length == len(rest)  # all of the body has come along, or there is none
+        self.cycle = cycle = RequestCycle(self, scope, special, rest if whole else None)
+        # Not `create_task`, which would count and name each one. (Nobody gives this loop a factory of tasks.)
+        cycle.task = task = asyncio.Task(cycle.run(self.edge.app), loop=self.loop, name="request")
         self.tasks.add(task)
-        length = request.length
-        if length == len(rest):  # all of the body has come along, or there is none
+        if whole:
             self.state = ANSWERING
-            cycle.feed(rest, False)
         elif length == 0:
             self.state = ANSWERING
             self.buffer = rest
@@ -372,6 +333,55 @@ class GatewayProtocol(asyncio.Protocol):
                 self.remaining = length
             if rest:
                 self._read_body(rest)
+
+    # Reading
+
+    def _go_on_reading(self, data: bytes) -> None:
+        """Take bytes with which no request begins."""
+        state = self.state
+        if state == IDLE:
+            self._continue_head(data)
+        elif state in (BODY, DISCARDING):
+            self._read_body(data)
+        elif state == ANSWERING:
+            self.buffer = data if not self.buffer else self.buffer + data
+            if len(self.buffer) > WINDOW:
+                self.pause_reading()
+
+    def _await_head(self, data: bytes) -> None:
+        """Keep what came of a head that is not whole yet."""
+        if self.requests:  # else the time runs from the connect
+            self._wait_for_client(self.edge.limits.head_timeout)
+        self.buffer = bytearray(data)
+        self._look_early()
+
+    def _tell(self, scope: dict[str, Any], line: RequestLine) -> None:
+        """Say in a request's scope what its line says, and remember that for the next one."""
+        scope["method"], raw_path, path, query, scope["http_version"], _ = line
+        root_path = self.config.root_path
+        scope["path"] = root_path + path
+        scope["raw_path"] = root_path.encode() + raw_path
+        scope["query_string"] = query
+        if not query:  # it may be a secret
+            self.line = line
+            self.scope = scope.copy()
+
+    def _continue_head(self, data: bytes) -> None:
+        buffer = self.buffer
+        searched = max(0, len(buffer) - 3)
+        buffer += data
+        self.buffer = buffer
+        if buffer.find(b"\r\n\r\n", searched) >= 0 or (searched == 0 and buffer.startswith(b"\r\n")):
+            self.buffer = b""
+            self.data_received(bytes(buffer))
+        elif len(buffer) < 1024 or b"\n" in data or len(data) > 1000 or len(buffer) % 1024 == 0:
+            self._look_early()  # and not at each of 64,000 single bytes
+
+    def _look_early(self) -> None:
+        try:
+            refuse_early(self.buffer, self.edge.limits)
+        except RefusedError as refusal:
+            self._refuse(refusal, *glimpse(self.buffer, whole=False))
 
     def _read_body(self, data: bytes) -> None:
         rest: bytes | None = None
@@ -405,17 +415,19 @@ class GatewayProtocol(asyncio.Protocol):
         """The request's answer has been written: on to the next request, if there may be one."""
         self.server_state.total_requests += 1
         self.cycle = None
-        if self.state == CLOSED:
-            return
         if keep_alive and self.state == ANSWERING:
-            self._next()
+            if self.buffer or self.peer_is_done or self.reading_paused:
+                self._next()
+            else:
+                self.state = IDLE
+                self.due = self.loop.time() + self.edge.idle_timeout
         elif keep_alive and self.state == BODY:
             self.state = DISCARDING
             self._wait_for_client(self.edge.limits.discard_timeout)
             self.resume_reading()
         elif self.state == ANSWERING and not self.buffer:
             self.close()
-        else:
+        elif self.state != CLOSED:
             self._linger()
 
     def _next(self) -> None:
@@ -425,13 +437,13 @@ class GatewayProtocol(asyncio.Protocol):
         if self.buffer:
             data, self.buffer = bytes(self.buffer), b""
             self._wait_for_client(self.edge.limits.head_timeout)
-            self._read_head(data)
+            self.data_received(data)
             if self.state != IDLE:
                 return
         if self.peer_is_done:
             self.close()
         elif not self.buffer:
-            self._wait_for_client(self.edge.limits.keep_alive_timeout)
+            self.due = self.loop.time() + self.edge.idle_timeout
 
     def _hand_over(self, scope: Scope, rest: bytes) -> None:
         """Let the WebSocket have the connection."""
@@ -626,52 +638,44 @@ class RequestCycle:
 
     __slots__ = (
         "_body",
-        "_body_is_due",
-        "_body_size",
-        "_chunked",
-        "_closes",
         "_comes_next",
         "_connection",
         "_continue_is_due",
         "_expected",
-        "_has_body",
+        "_framing",
         "_head",
         "_keep_alive",
         "_more_body",
         "_waiters",
         "context",
-        "disconnected",
         "farewell",
-        "response_complete",
         "response_started",
         "scope",
         "task",
     )
 
-    def __init__(self, connection: GatewayProtocol, scope: Scope, request: RequestHead) -> None:
+    def __init__(self, connection: GatewayProtocol, scope: Scope, special: Special | None, body: bytes | None) -> None:
         self._connection = connection
         self.scope = scope
         self.context = scope[KEY] = RequestContext()  # here, to learn from it how the application names the request
-        self.task: asyncio.Task[None] | None = None
-        self.disconnected = False
-        self.farewell: Message = GONE
+        self.task: asyncio.Task[None]
+        self.farewell: Message | None = None  # there is nobody any more to answer
         self._waiters: list[asyncio.Future[None]] = []
-        # Of the request's body: what was received and not yet asked for
-        self._body: list[bytes] = []
-        self._body_size = 0  # without the last piece
-        self._more_body = True
-        self._body_is_due = False  # the application is owed a message: there is a piece, or the end
-        self._continue_is_due = request.expects_continue
+        # Of the request's body
+        self._body = body  # what was received and not yet asked for; None: the application is owed nothing
+        self._more_body = body is None
         # Of the answer
         self._comes_next = "http.response.start"  # the message that the application may send; empty after the last
-        self._head = b""  # until it leaves with the first piece of the body
-        self._has_body = request.method != "HEAD"
-        self._expected: int | None = None  # bytes of body still to come; None: until it ends
-        self._chunked = False
-        self._closes = False  # its end is the connection's: only a reset can say that it is not whole
-        self._keep_alive = request.keep_alive
+        self._head: list[bytes] = []  # until it leaves with the first piece of the body
+        self._framing = NO_BODY if scope["method"] == "HEAD" else BY_LENGTH
+        self._expected: int | None = None  # bytes of body still to come, if a Content-Length says so
         self.response_started = False
-        self.response_complete = False
+        if special is None:
+            self._keep_alive = True
+            self._continue_is_due = False
+        else:
+            self._keep_alive = special.keep_alive
+            self._continue_is_due = special.expects_continue
 
     async def run(self, app: ASGIApp) -> None:
         """Let the application answer; what it fails to do, do for it."""
@@ -691,28 +695,27 @@ class RequestCycle:
             logger.exception("The application failed at %s", self._path)
             self._give_up(500, "An unexpected error occurred")
         else:
-            if not self.response_complete and not self.disconnected:
+            if self._comes_next and self.farewell is None:
                 logger.error("The application returned without a whole answer at %s", self._path)
                 self._give_up(500, "An unexpected error occurred")
         finally:
-            if self.task is not None:
-                connection.tasks.discard(self.task)
+            connection.tasks.discard(self.task)
 
     def _give_up(self, status: int, message: str, header: Header | None = None) -> None:
         """Answer in the application's place, if nothing has left yet."""
         connection = self._connection
         if self.response_started:
             self._cut()
-        elif not self.disconnected and connection.state != CLOSED:
+        elif self.farewell is None and connection.state != CLOSED:
             self.disconnect()
             connection.write_error(status, message, self.name(), header)
             connection.answered(False)
 
     def _cut(self) -> None:
         """End within the answer, so that its reader can tell."""
-        if not self.response_complete and not self.disconnected:
+        if self._comes_next and self.farewell is None:
             self.disconnect()
-            self._connection.cut(not self._closes)
+            self._connection.cut(self._framing != BY_END)
 
     @property
     def _path(self) -> str:
@@ -742,23 +745,19 @@ class RequestCycle:
 
     def feed(self, data: bytes, more_body: bool) -> None:
         """Take a piece of the request's body off the connection."""
-        if data:
-            self._body.append(data)
-            self._body_is_due = True
-        if more_body:
-            self._body_size += len(data)
-            if self._body_size > WINDOW:
+        self._more_body = more_body
+        if data or not more_body:
+            self._body = body = self._body + data if self._body else data
+            if more_body and len(body) > WINDOW:
                 self._connection.pause_reading()
-        else:
-            self._more_body = False
-            self._body_is_due = True
         if self._waiters:
             self._connection.due = ENDLESS
             _wake(self._waiters)
 
     def disconnect(self, reason: str = "", status: int = 0) -> None:
         """There is nobody any more to answer. (See ``receive`` for the arguments.)"""
-        self.disconnected = True
+        if self.farewell is None:
+            self.farewell = GONE
         if reason and self.farewell is GONE:
             self.farewell = {**GONE, "reason": reason, "status": status} if status else {**GONE, "reason": reason}
         _wake(self._waiters)
@@ -770,23 +769,22 @@ class RequestCycle:
         off, and a ``status`` where the server has answered it, with that one.
         """
         connection = self._connection
-        if self._continue_is_due and not self.disconnected:
+        if self._continue_is_due and self.farewell is None:
             self._continue_is_due = False
             if not self.response_started:
                 connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while not (self.disconnected or self.response_complete):
-            if self._body_is_due:
-                body = b"".join(self._body)
-                self._body = []
-                self._body_is_due = False
-                if self._body_size:
-                    self._body_size = 0
+        while self._comes_next and self.farewell is None:
+            body = self._body
+            if body is not None:
+                self._body = None
+                more_body = self._more_body
+                if more_body:
                     connection.resume_reading()
-                return {"type": "http.request", "body": body, "more_body": self._more_body}
+                return {"type": "http.request", "body": body, "more_body": more_body}
             if self._more_body:
                 connection.wait_for_body()
             await _wait(connection.loop, self._waiters)
-        return dict(self.farewell)
+        return dict(self.farewell or GONE)
 
     # The answer
 
@@ -797,99 +795,106 @@ class RequestCycle:
             RuntimeError: the message may not come now, or the head or the length of the body is wrong.
         """
         connection = self._connection
-        if connection.writing_paused and not self.disconnected:
+        if connection.writing_paused and self.farewell is None:
             await connection.writable()
-        if self.disconnected:
+        if self.farewell is not None:
             return
         kind = message["type"]
         if kind != self._comes_next:
             raise RuntimeError(f"{kind} can't come now")
         if kind == "http.response.start":
             self._take_head(message["status"], message.get("headers", ()))
-            self._comes_next = "http.response.body"
         else:
             self._write_body(message.get("body", b""), message.get("more_body", False))
 
     def _take_head(self, status: int, headers: Iterable[Iterable[bytes]]) -> None:
         """Check the head and keep it."""
-        if status not in STATUS_LINES:
+        status_line = STATUS_LINES.get(status)
+        if status_line is None:
             raise RuntimeError(f"{status} is not the status of an answer")
         starts = FIELD_STARTS
-        pieces = [STATUS_LINES[status]]
-        append = pieces.append
+        pieces = [status_line]
         for name, value in headers:
-            start = starts[name]
-            if start is None:
-                if not self._take_framing(name.lower(), value):
+            try:
+                start = starts[name]  # half as dear as `get`, where it is found
+            except KeyError:
+                start = _field_start(name)
+            if start is None:  # it is about framing
+                name = name.lower()
+                if name != b"content-length":  # the connection is the server's
+                    if name == b"connection" and b"close" in value.lower():
+                        self._keep_alive = False
                     continue
+                if self._expected is not None or not value.isdigit():
+                    raise RuntimeError("The answer's Content-Length is malformed")
+                self._expected = int(value)
                 start = CONTENT_LENGTH
-            append(start)
-            append(value)
+            pieces.append(start)
+            pieces.append(value)
         values = b"".join(pieces[2::2])
         if CR in values or LF in values or NUL in values:
             raise RuntimeError("A header of the answer has a line end or a NUL in it")
         if status == 204 or status == 304:
-            self._has_body = False
-        self._head = b"".join(pieces)
-
-    def _take_framing(self, name: bytes, value: bytes) -> bool:
-        """Note what a field says of the framing; return whether it is sent (the connection is the server's)."""
-        if name == b"content-length":
-            if self._expected is not None or not value.isdigit():
-                raise RuntimeError("The answer's Content-Length is malformed")
-            self._expected = int(value)
-            return True
-        if name == b"connection" and b"close" in value.lower():
-            self._keep_alive = False
-        return False
+            self._framing = NO_BODY
+        self._head = pieces
+        self._comes_next = "http.response.body"
 
     def _write_body(self, body: bytes, more_body: bool) -> None:
+        connection = self._connection
         size = len(body)
-        if not self._has_body:
+        framing = self._framing
+        if framing == NO_BODY:
             body, size = b"", 0
         elif (expected := self._expected) is not None:
-            if size > expected or (size < expected and not more_body):
+            if size != expected and (size > expected or not more_body):
                 raise RuntimeError("The answer's body is not as long as its Content-Length")
             self._expected = expected - size
-        before = b"" if self.response_started else self._frame(size, more_body)
+        elif not self.response_started:
+            framing = self._frame(size, more_body)
+
+        if self.response_started:
+            pieces = []
+        else:
+            pieces = self._head
+            self.response_started = True
+            if (
+                connection.edge.draining
+                or self._continue_is_due
+                or (connection.state != ANSWERING and not connection.is_nearly_read())
+            ):
+                self._keep_alive = self._continue_is_due = False
+            pieces.append(b"\r\n\r\n" if self._keep_alive else b"\r\nconnection: close\r\n\r\n")
         after = b""
-        if self._chunked:
+        if framing == CHUNKED:
             if size:
-                before += b"%x\r\n" % size
+                pieces.append(b"%x\r\n" % size)
                 after = b"\r\n"
             if not more_body:
                 after += b"0\r\n\r\n"
-        connection = self._connection
         if size > SMALL:
-            connection.write_all([piece for piece in (before, body, after) if piece])
-        elif data := before + body + after:
-            connection.write(data)
+            connection.write_all([piece for piece in (b"".join(pieces), body, after) if piece])
+        else:
+            pieces.append(body)
+            pieces.append(after)
+            if data := b"".join(pieces):
+                connection.written += len(data)
+                connection.transport.write(data)
         if not more_body:
-            self.response_complete = True
             self._comes_next = ""
             if self._waiters:
                 _wake(self._waiters)
             connection.answered(self._keep_alive)
 
-    def _frame(self, size: int, more_body: bool) -> bytes:
-        """The head as it goes out, now that it is known whether the first piece of the body, so long, is the last."""
-        head = self._head
-        connection = self._connection
-        if self._has_body and self._expected is None:
-            if not more_body:
-                head += b"%b%d" % (CONTENT_LENGTH, size)
-            elif self.scope["http_version"] == "1.1":
-                self._chunked = True
-                head += b"\r\ntransfer-encoding: chunked"
-            else:
-                self._closes = True
-        if connection.edge.draining or self._continue_is_due or not connection.is_nearly_read():
-            self._keep_alive = False
-        if not self._keep_alive:
-            head += b"\r\nconnection: close"
-        self.response_started = True
-        self._continue_is_due = False
-        return head + b"\r\n\r\n"
+    def _frame(self, size: int, more_body: bool) -> int:
+        """Say in the head how long the body is, whose first piece, so long, has come; the application does not."""
+        if not more_body:
+            self._head += (CONTENT_LENGTH, b"%d" % size)
+        elif self.scope["http_version"] == "1.1":
+            self._framing = CHUNKED
+            self._head.append(b"\r\ntransfer-encoding: chunked")
+        else:
+            self._framing = BY_END
+        return self._framing
 
 
 async def _wait(loop: asyncio.AbstractEventLoop, waiters: list[asyncio.Future[None]]) -> None:
