@@ -4,7 +4,18 @@ from collections.abc import Callable
 from heapq import heappop, heappush, heapreplace
 from time import monotonic_ns, time_ns
 
-from gateway.policies.token_bucket import FULL, LOCAL, Decision, Limits, State, full_at_us, rescale, share, take
+from gateway.policies.token_bucket import (
+    FULL,
+    LOCAL,
+    Decision,
+    Figures,
+    Limits,
+    State,
+    full_at_us,
+    rescale,
+    share,
+    take,
+)
 
 _UNIX_AT_ZERO = time_ns() - monotonic_ns()
 _STEPS = 4  # of tidying for each new caller, so that the work is spread
@@ -33,7 +44,7 @@ class MemoryLimiter:
         self.workers = workers
         self.capacity = capacity
         self.clock = clock
-        self._shares: dict[Limits, Limits] = {}
+        self._shares: dict[Figures, Limits] = {}
         self._callers: dict[str, tuple[State, Limits]] = {}
         # Each caller once, by a moment at which its buckets were to be full again; by now it may be a later one.
         self._filed: list[tuple[int, str]] = []
@@ -64,9 +75,9 @@ class MemoryLimiter:
         return len(self._callers)
 
     def _share(self, limits: Limits) -> Limits:
-        part = self._shares.get(limits)
+        part = self._shares.get(limits.figures)
         if part is None:
-            part = self._shares[limits] = share(limits, self.workers)
+            part = self._shares[limits.figures] = share(limits, self.workers)
         return part
 
     def _file(self, key: str, state: State, limits: Limits, now_us: int) -> None:
