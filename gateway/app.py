@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from functools import partial, reduce
+from functools import partial
 from time import time
+from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -115,7 +116,11 @@ def create_app(settings: Settings | None = None) -> "Gateway":
 
 def stack(*layers: Layer, around: ASGIApp) -> ASGIApp:
     """Wrap an application in layers, the first outermost."""
-    return reduce(lambda app, layer: layer(app), reversed(layers), around)
+    app: Any = around
+    for layer in reversed(layers):
+        app = layer(app.__call__)  # the method, not the object, whose method Python would look up at every call
+    stacked: ASGIApp = app.__call__
+    return stacked
 
 
 class Gateway:

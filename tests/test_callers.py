@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.policies.callers import Header, Networks, TrustedProxies, identify
+from gateway.policies.callers import Header, Identity, Networks, TrustedProxies, identify
 
 LOCAL = TrustedProxies()
 BEHIND = TrustedProxies(["10.0.0.0/8", "2001:db8:ffff::/48", "unix"])
@@ -171,7 +171,7 @@ def test_of_two_user_ids_one_could_be_the_clients_so_neither_is_believed() -> No
 )
 def test_a_stranger_is_counted_by_its_own_address(headers: list[Header], is_false: bool, ignored: bytes) -> None:
     identity = identify(headers, "198.51.100.9", LOCAL)
-    assert identity == ("ip:198.51.100.9", "198.51.100.9", is_false, ignored)
+    assert identity == Identity("ip:198.51.100.9", "198.51.100.9", is_false, ignored)
 
 
 @given(st.binary(max_size=100), st.binary(max_size=100))

@@ -22,14 +22,14 @@ class FakeClock:
 
 
 def admitted(limiter: MemoryLimiter, key: str, times: int, limits: Limits = LIMITS) -> int:
-    return sum(limiter.take_now(key, limits).admitted for _ in range(times))
+    return sum(limiter.take(key, limits).admitted for _ in range(times))
 
 
-async def test_a_caller_gets_its_burst_and_then_a_token_a_second() -> None:
+def test_a_caller_gets_its_burst_and_then_a_token_a_second() -> None:
     clock = FakeClock()
     limiter = MemoryLimiter(clock=clock)
     assert admitted(limiter, "ip:a", 100) == 60
-    assert (await limiter.take("ip:a", LIMITS)).retry_after == 1
+    assert limiter.take("ip:a", LIMITS).retry_after == 1
     clock.advance(1)
     assert admitted(limiter, "ip:a", 100) == 1
     assert admitted(limiter, "ip:b", 100) == 60
@@ -40,7 +40,7 @@ def test_a_caller_who_saturates_its_limit_gets_exactly_what_the_model_says() -> 
     limiter, limits = MemoryLimiter(clock=clock), Limits.of(100, None)
     begin, count = clock.now_us, 0
     for _ in range(3 * 60 * 100):  # three minutes, asking every 10 ms
-        count += limiter.take_now("ip:a", limits).admitted
+        count += limiter.take("ip:a", limits).admitted
         assert count == min(count, 100 + 100 * (clock.now_us - begin) // MINUTE_US)
         clock.advance(0.01)
     assert count == 100 + 100 * (clock.now_us - SECOND // 100 - begin) // MINUTE_US
@@ -72,7 +72,7 @@ def test_callers_whose_buckets_are_full_are_forgotten_before_there_is_need() -> 
     clock = FakeClock()
     limiter = MemoryLimiter(clock=clock)
     for number in range(10_000):
-        limiter.take_now(f"ip:{number}", LIMITS)
+        limiter.take(f"ip:{number}", LIMITS)
         clock.advance(0.01)
     assert len(limiter) <= 4 / 0.01
 
@@ -83,7 +83,7 @@ def test_the_table_keeps_to_its_bound_and_files_each_caller_once(requests: list[
     limiter = MemoryLimiter(capacity=5, clock=clock)
     for caller, gap_us in requests:
         clock.now_us += gap_us
-        limiter.take_now(f"ip:{caller}", LIMITS)
+        limiter.take(f"ip:{caller}", LIMITS)
         assert len(limiter) <= 5
         assert sorted(key for _, key in limiter._filed) == sorted(limiter._callers)
 
@@ -95,7 +95,7 @@ def test_forgetting_the_full_changes_no_decision(requests: list[tuple[int, int]]
     alone = {caller: MemoryLimiter(clock=clock) for caller in range(4)}
     for caller, gap_us in requests:
         clock.now_us += gap_us
-        assert limiter.take_now(f"ip:{caller}", LIMITS) == alone[caller].take_now("ip:x", LIMITS)
+        assert limiter.take(f"ip:{caller}", LIMITS) == alone[caller].take("ip:x", LIMITS)
 
 
 def test_a_flood_of_callers_tidied_at_the_bound_is_still_bounded() -> None:
@@ -103,9 +103,9 @@ def test_a_flood_of_callers_tidied_at_the_bound_is_still_bounded() -> None:
     limiter = MemoryLimiter(capacity=2000, clock=clock)
     for _ in range(3):
         for number in range(2000):
-            limiter.take_now(f"ip:{number}", LIMITS)
+            limiter.take(f"ip:{number}", LIMITS)
     for number in range(100):
-        limiter.take_now(f"ip:new-{number}", LIMITS)
+        limiter.take(f"ip:new-{number}", LIMITS)
         assert len(limiter) <= 2000
 
 

@@ -214,7 +214,7 @@ async def test_what_is_remembered_of_answers_is_bounded(clock: FakeClock) -> Non
         clock.advance(60)
         answer = await ask(app)
         assert answer.headers["x-ratelimit-reset-minute"] == str(clock.now_us // 1_000_000 + 1)
-    assert len(app._common._told) <= 1024
+    assert len(app._common.told) <= 1024
 
 
 async def test_two_services_have_buckets_of_their_own_and_others_share_the_common_ones(clock: FakeClock) -> None:

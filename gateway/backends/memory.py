@@ -4,7 +4,18 @@ from collections.abc import Callable
 from heapq import heappop, heappush, heapreplace
 from time import monotonic_ns, time_ns
 
-from gateway.policies.token_bucket import FULL, Decision, Limits, State, full_at_us, rescale, share, take
+from gateway.policies.token_bucket import (
+    FULL,
+    LOCAL,
+    Decision,
+    Figures,
+    Limits,
+    State,
+    full_at_us,
+    rescale,
+    share,
+    take,
+)
 
 _UNIX_AT_ZERO = time_ns() - monotonic_ns()
 _STEPS = 4  # of tidying for each new caller, so that the work is spread
@@ -33,17 +44,13 @@ class MemoryLimiter:
         self.workers = workers
         self.capacity = capacity
         self.clock = clock
-        self._shares: dict[Limits, Limits] = {}
+        self._shares: dict[Figures, Limits] = {}
         self._callers: dict[str, tuple[State, Limits]] = {}
         # Each caller once, by a moment at which its buckets were to be full again; by now it may be a later one.
         self._filed: list[tuple[int, str]] = []
 
-    async def take(self, key: str, limits: Limits, cost: int = 1, on_failure: str = "local") -> Decision:
+    def take(self, key: str, limits: Limits, cost: int = 1, on_failure: str = LOCAL) -> Decision:
         """Take ``cost`` tokens for a caller. ``on_failure`` has no meaning here: memory does not fail."""
-        return self.take_now(key, limits, cost)
-
-    def take_now(self, key: str, limits: Limits, cost: int = 1) -> Decision:
-        """The same, at once."""
         now_us = self.clock()
         if self.workers != 1:
             limits = self._share(limits)
@@ -68,14 +75,16 @@ class MemoryLimiter:
         return len(self._callers)
 
     def _share(self, limits: Limits) -> Limits:
-        part = self._shares.get(limits)
+        part = self._shares.get(limits.figures)
         if part is None:
-            part = self._shares[limits] = share(limits, self.workers)
+            part = self._shares[limits.figures] = share(limits, self.workers)
         return part
 
     def _file(self, key: str, state: State, limits: Limits, now_us: int) -> None:
-        self._make_room(now_us)
-        heappush(self._filed, (full_at_us(state, limits), key))
+        filed = self._filed
+        if len(self._callers) >= self.capacity or (filed and filed[0][0] <= now_us):
+            self._make_room(now_us)
+        heappush(filed, (full_at_us(state, limits), key))
 
     def _make_room(self, now_us: int) -> None:
         """Let go of callers whose buckets are full, and, if there is no room yet, of the next to be."""

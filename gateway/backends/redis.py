@@ -7,11 +7,11 @@ from contextvars import Context
 from hashlib import sha1
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from gateway.backends.memory import MemoryLimiter, unix_microseconds
 from gateway.event_loop import SettledLoop
-from gateway.policies.token_bucket import CLOSED, LOCAL, Decision, Figures, Limits, describe
+from gateway.policies.token_bucket import CLOSED, LOCAL, OPEN, Decision, Figures, Limits, describe
 
 if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
@@ -28,6 +28,10 @@ _EVAL = b"*9\r\n$4\r\nEVAL\r\n$%d\r\n%b\r\n$1\r\n1\r\n" % (len(_SCRIPT), _SCRIPT
 _EVALSHA = b"*9\r\n$7\r\nEVALSHA\r\n$40\r\n%b\r\n$1\r\n1\r\n" % sha1(_SCRIPT).hexdigest().encode()  # noqa: S324  its name
 _NOT_YET = object()
 _Known = tuple[int, int, Limits, float]  # debts by the minute and the hour, of which buckets, monotonic seconds
+
+# One question to Redis: who waits for its answer; as it is sent, but for the command; what `take` was asked; when, on
+# the loop's clock, which is the monotonic one; and whether it is asked again. (Plain: a class costs ten times as much.)
+_Check = tuple["asyncio.Future[Decision]", bytes, str, Limits, int, str, float, bool]
 
 
 class RedisLimiter:
@@ -72,7 +76,8 @@ class RedisLimiter:
         self._known_before: dict[str, _Known] = {}
         self._half_capacity = max(1, capacity // 2)
         self._denied: dict[str, tuple[float, Decision]] = {}
-        self._arguments: dict[tuple[Figures, int], bytes] = {}
+        self._openings: dict[int, bytes] = {}  # of a question, by the length of its key
+        self._arguments: dict[int, dict[Figures, bytes]] = {}  # by cost and limits
         self._settled: SettledLoop | None = None  # where this runs; None: it does not
         self._closed = False
         self._shared: bool | None = None  # None: no answer yet, nor a failure
@@ -97,7 +102,7 @@ class RedisLimiter:
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
 
-    async def take(self, key: str, limits: Limits, cost: int = 1, on_failure: str = LOCAL) -> Decision:
+    def take(self, key: str, limits: Limits, cost: int = 1, on_failure: str = LOCAL) -> "asyncio.Future[Decision]":
         """Take ``cost`` tokens for a caller; 0 only looks.
 
         Args:
@@ -107,19 +112,17 @@ class RedisLimiter:
             on_failure: without Redis decide by this worker's own buckets (``local``), pass (``open``), or refuse
                 (``closed``).
         """
-        if key in self._denied and cost:
-            until, decision = self._denied[key]
-            if monotonic() < until:
-                return decision
-            del self._denied[key]
         settled = self._settled
         if (settled is None or not settled.is_here()) and not self._closed:
             self._begin()
-        if self._shared is not False and not self._closed:
-            answer = await self._ask(key, limits, cost)
-            if answer is not None:
-                return answer
-        return self._without_redis(key, limits, cost, on_failure)
+        if key in self._denied and cost:
+            until, decision = self._denied[key]
+            if monotonic() < until:
+                return _decided(decision)
+            del self._denied[key]
+        if self._shared is False or self._closed:
+            return _decided(self._without_redis(key, limits, cost, on_failure))
+        return self._ask(key, limits, cost, on_failure)
 
     def _without_redis(self, key: str, limits: Limits, cost: int, on_failure: str) -> Decision:
         if on_failure == LOCAL:
@@ -128,7 +131,7 @@ class RedisLimiter:
                 debt_minute, debt_hour, whole, at = known
                 age = max(0.0, monotonic() - at)
                 self._own.remember(key, whole, (debt_minute, debt_hour, 0), int(age * 1_000_000))
-            return self._own.take_now(key, limits, cost)._replace(mode=on_failure)
+            return self._own.take(key, limits, cost)._replace(mode=on_failure)
         now_us = self._clock()
         decision = describe(True, (0, 0, now_us), limits, now_us)._replace(mode=on_failure)
         if on_failure == CLOSED:
@@ -174,7 +177,7 @@ class RedisLimiter:
                     if self._link is None:
                         async with asyncio.timeout(PATIENCE):
                             self._link = _Link(await _connect(self._connection), self._answered, self._broke)
-                    await self._ask("heartbeat", HEARTBEAT_LIMITS, 1)
+                    await self._ask("heartbeat", HEARTBEAT_LIMITS, 1, OPEN)
                     if self._under_way and loop.time() - self._departed_at > PATIENCE:
                         self._drop()
                 except TimeoutError:
@@ -191,20 +194,35 @@ class RedisLimiter:
                 if not self._ready.done():
                     self._ready.set_result(None)
 
-    def _ask(self, key: str, limits: Limits, cost: int) -> "asyncio.Future[Decision | None]":
-        """Ask Redis; None where it does not answer in time, or not with a decision."""
+    def _ask(self, key: str, limits: Limits, cost: int, on_failure: str) -> "asyncio.Future[Decision]":
+        """Ask Redis; decide without it where it does not answer in time, or not with a decision."""
         loop = self._loop
-        name = (self._prefix + key).encode("utf-8", "backslashreplace")  # no key may hold up the others
-        argument = self._arguments.get((limits.figures, cost)) or self._argument(limits, cost)
-        question = b"$%d\r\n%b\r\n%b" % (len(name), name, argument)
-        answer: asyncio.Future[Decision | None] = loop.create_future()
-        self._waiting.append(_Check(answer, question, key, limits, loop.time()))
+        name = key.encode("utf-8", "backslashreplace")  # no key may hold up the others
+        try:
+            question = b"".join((self._openings[len(name)], name, self._arguments[cost][limits.figures]))
+        except KeyError:
+            question = b"".join((self._open(len(name)), name, self._argue(limits, cost)))
+        answer: asyncio.Future[Decision] = loop.create_future()
+        self._waiting.append((answer, question, key, limits, cost, on_failure, loop.time(), False))
         if not self._boarding and not self._under_way:
             self._boarding = True
             loop.call_soon(self._depart)
         if self._alarm is None:
             self._alarm = loop.call_later(self._deadline, self._look)
         return answer
+
+    def _open(self, length: int) -> bytes:
+        prefix = self._prefix.encode()
+        opening = self._openings[length] = b"$%d\r\n%b" % (len(prefix) + length, prefix)
+        return opening
+
+    def _argue(self, limits: Limits, cost: int) -> bytes:
+        numbers: list[int] = []
+        for limit in (limits.minute, limits.hour):
+            numbers += (-1, 0) if limit is None else (limit.tokens, limit.period_us)
+        packed = b"\r\n" + b"".join(b"$%d\r\n%d\r\n" % (len(str(number)), number) for number in (*numbers, cost))
+        self._arguments.setdefault(cost, {})[limits.figures] = packed
+        return packed
 
     def _depart(self) -> None:
         """Send all that wait, if nothing is under way."""
@@ -213,49 +231,43 @@ class RedisLimiter:
             return
         first = _EVAL if self._again else _EVALSHA  # the first one teaches Redis the script
         # a request given up while it waited is left behind: it costs no token
-        flight = [check for check in self._again + self._waiting if not check.answer.done()]
+        flight = [check for check in self._again + self._waiting if not check[0].done()]
         self._again, self._waiting = [], []
         if flight:
             self._under_way.extend(flight)
             self._departed_at = self._loop.time()
-            self._link.send(first + _EVALSHA.join([check.question for check in flight]))
+            self._link.send(first + _EVALSHA.join([check[1] for check in flight]))
 
-    def _argument(self, limits: Limits, cost: int) -> bytes:
-        numbers: list[int] = []
-        for limit in (limits.minute, limits.hour):
-            numbers += (-1, 0) if limit is None else (limit.tokens, limit.period_us)
-        packed = b"".join(b"$%d\r\n%d\r\n" % (len(str(number)), number) for number in (*numbers, cost))
-        self._arguments[limits.figures, cost] = packed
-        return packed
-
-    def _answered(self, reply: Any) -> None:
-        if not self._under_way:
-            raise ConnectionError(str(reply))  # such as having too many clients
-        check = self._under_way[0]
-        if isinstance(reply, list):
-            answer, _, key, limits, arrived, _ = check
-            admitted, debt_minute, debt_hour, reached_us, now_us = reply
-            decision = describe(admitted == 1, (debt_minute, debt_hour, reached_us), limits, now_us)
-            in_time = not answer.done()
-            if in_time:
-                answer.set_result(decision)
-            if limits is HEARTBEAT_LIMITS:
+    def _answered(self, next_reply: Callable[[], Any]) -> None:
+        """Give each reply, up to ``_NOT_YET``, to the check that has waited longest."""
+        under_way = self._under_way
+        while (reply := next_reply()) is not _NOT_YET:
+            if not under_way:
+                raise ConnectionError(str(reply))  # such as having too many clients
+            answer, _, key, limits, _, _, arrived, is_again = check = under_way[0]
+            if isinstance(reply, list):
+                admitted, debt_minute, debt_hour, reached_us, now_us = reply
+                decision = describe(admitted == 1, (debt_minute, debt_hour, reached_us), limits, now_us)
+                in_time = not answer.done()
                 if in_time:
-                    self._switch(True, "Redis answers")
+                    answer.set_result(decision)
+                if limits is HEARTBEAT_LIMITS:
+                    if in_time:
+                        self._switch(True, "Redis answers")
+                else:
+                    if self._shared is not False:  # by now the own buckets may hold more than this late answer knows of
+                        self._known[key] = (debt_minute, debt_hour, limits, arrived)
+                        if len(self._known) >= self._half_capacity:
+                            self._known_before, self._known = self._known, {}
+                    if not admitted:
+                        self._remember_denial(key, decision)
+            elif str(reply).startswith("NOSCRIPT") and not is_again:
+                self._again.append((*check[:-1], True))
             else:
-                if self._shared is not False:  # by now the own buckets may hold more than this late answer knows of
-                    self._known[key] = (debt_minute, debt_hour, limits, arrived)
-                    if len(self._known) >= self._half_capacity:
-                        self._known_before, self._known = self._known, {}
-                if not admitted:
-                    self._remember_denial(key, decision)
-        elif str(reply).startswith("NOSCRIPT") and not check.is_again:
-            self._again.append(check._replace(is_again=True))
-        else:
-            self._lose(str(reply))
-        self._under_way.popleft()
-        if not self._under_way and (self._again or self._waiting):
-            self._depart()
+                self._lose(str(reply))
+            under_way.popleft()
+            if not under_way and (self._again or self._waiting):
+                self._depart()
 
     def _remember_denial(self, key: str, decision: Decision) -> None:
         if len(self._denied) >= DENIALS:
@@ -291,11 +303,11 @@ class RedisLimiter:
         """When patience ends: counted from the departure of what is under way, or while nothing can leave, from the
         oldest arrival. None: nobody waits.
         """
-        if any(not check.answer.done() for check in self._under_way):
+        if any(not answer.done() for answer, *_ in self._under_way):
             return self._departed_at + self._deadline
-        for check in (*self._again, *self._waiting):
-            if not check.answer.done():
-                return check.arrived + self._deadline
+        for answer, _, _, _, _, _, arrived, _ in (*self._again, *self._waiting):
+            if not answer.done():
+                return arrived + self._deadline
         return None
 
     # The two modes
@@ -312,10 +324,10 @@ class RedisLimiter:
         self._switch(False, reason)
 
     def _release(self) -> None:
-        """Let every check go without an answer; those under way are still owed one by the connection."""
-        for check in (*self._under_way, *self._again, *self._waiting):
-            if not check.answer.done():
-                check.answer.set_result(None)
+        """Decide every check without Redis; those under way are still owed an answer by the connection."""
+        for answer, _, key, limits, cost, on_failure, _, _ in (*self._under_way, *self._again, *self._waiting):
+            if not answer.done():
+                answer.set_result(self._without_redis(key, limits, cost, on_failure))
         self._again, self._waiting = [], []
 
     def _broke(self, link: "_Link", reason: str) -> None:
@@ -331,24 +343,13 @@ class RedisLimiter:
         self._under_way.clear()
 
 
-class _Check(NamedTuple):
-    """One question to Redis."""
-
-    answer: "asyncio.Future[Decision | None]"
-    question: bytes  # as it is sent, but for the command
-    key: str
-    limits: Limits
-    arrived: float  # on the loop's clock, which is the monotonic one
-    is_again: bool = False
-
-
 class _Link(asyncio.Protocol):
     """A connection that redis-py has made and logged in to, its bytes read here: a fifth of the time a command."""
 
     def __init__(
         self,
         writer: asyncio.StreamWriter,
-        answered: Callable[[Any], None],
+        answered: Callable[[Callable[[], Any]], None],
         broke: Callable[["_Link", str], None],
     ) -> None:
         import hiredis
@@ -372,13 +373,18 @@ class _Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             self._feed(data)
-            while (reply := self._gets()) is not _NOT_YET:
-                self._answered(reply)
+            self._answered(self._gets)
         except Exception as error:  # what came is not the protocol, or not what was asked for
             self._broke(self, f"Redis sent something unexpected: {error}")
 
     def connection_lost(self, error: Exception | None) -> None:
         self._broke(self, f"the connection to Redis broke: {error}" if error else "Redis closed the connection")
+
+
+def _decided(decision: Decision) -> "asyncio.Future[Decision]":
+    decided = asyncio.get_running_loop().create_future()
+    decided.set_result(decision)
+    return decided
 
 
 def _connection(url: str) -> "AbstractConnection":

@@ -79,26 +79,37 @@ class BreakerASGI:
 
         clock = self.clock
         permit = breaker.acquire(clock())
-        if isinstance(permit, Refusal):
+        if not isinstance(permit, Permit):
             await self._refuse(scope, send, context, breaker.name, permit)
             return
 
-        context.probe = permit.probe
         watch: Watch | None = scope.get(WATCH)
-        call: _Exchange
-        if kind == "http" and watch is not None and self.breakers is not None and not permit.probe:
-            call = _Forwarded(permit, context, receive, send, clock)
-            call.watch = watch
-        else:
+        if kind != "http" or watch is None or self.breakers is None or permit.probe:
+            context.probe = permit.probe
             call = (_Exchange if kind == "http" else _Session)(permit, context, receive, send, clock)
-            receive, send = call.receive, call.send
+            try:
+                await self.app(scope, call.receive, call.send)
+            except BaseException as error:
+                call.failed(error)
+                raise
+            finally:
+                call.conclude(scope)
+            return
+
+        # An outer layer watches already: no message need be looked at twice. Where an attempt was made, the application
+        # says why the request ended, as `ProxyApp` does; what it raises beyond that is not the service's doing.
+        left = False
         try:
             await self.app(scope, receive, send)
         except BaseException as error:
-            call.failed(error)
+            left = context.attempts > 0 or not isinstance(error, Exception)
             raise
         finally:
-            call.conclude(scope)
+            cause = context.cause or _cause(context, watch.whole, not watch.whole and (left or watch.client_left))
+            if cause is CLIENT_LEFT and not context.status:
+                _abandon(permit, context, scope, watch.request_whole_at, clock())
+            else:
+                permit.finish(_outcome(cause, context.status), clock())
 
     async def _refuse(self, scope: Scope, send: Send, context: RequestContext, name: str, refusal: Refusal) -> None:
         context.cause = Cause.REFUSED
@@ -111,6 +122,27 @@ class BreakerASGI:
             retry_after=max(1, ceil(refusal.retry_after)),
             reason=context.reason,
         )
+
+
+def _cause(context: RequestContext, whole: bool, client_left: bool) -> Cause:
+    """Why a request ended, where the application did not say."""
+    if context.reason:
+        return Cause.REFUSED
+    if client_left:
+        return CLIENT_LEFT
+    return COMPLETED if whole else Cause.CUT_SHORT
+
+
+def _outcome(cause: Cause, status: int) -> Outcome:
+    if cause is COMPLETED:
+        return FAILURE if status >= 500 and is_failure(status) else SUCCESS
+    return OUTCOMES[cause]
+
+
+def _abandon(permit: Permit, context: RequestContext, scope: Scope, service_has_it_since: float, now: float) -> None:
+    """Finish the permit of a request whose client left before any byte of the answer."""
+    caller = context.caller or context.client_address or (scope.get("client") or ("",))[0]
+    permit.finish_abandoned(now, caller=caller, waited=now - service_has_it_since)
 
 
 class _Exchange:
@@ -185,51 +217,20 @@ class _Exchange:
         now = self._clock()
         cause = context.cause or self._cause(now)
         if cause is CLIENT_LEFT and not (self._status or context.status):
-            caller = context.caller or context.client_address or (scope.get("client") or ("",))[0]
-            permit.finish_abandoned(now, caller=caller, waited=now - self._service_has_it_since)
+            _abandon(permit, context, scope, self._service_has_it_since, now)
         else:
             permit.finish(self._outcome(cause, now), now)
 
     def _cause(self, now: float) -> Cause:
-        if self._context.reason:
-            return Cause.REFUSED
-        if self._client_left:
-            return CLIENT_LEFT
-        return COMPLETED if self._answer_complete else Cause.CUT_SHORT
+        return _cause(self._context, self._answer_complete, self._client_left)
 
     def _outcome(self, cause: Cause, now: float) -> Outcome:
-        if cause is COMPLETED:
-            status = self._context.status or self._status
-            return FAILURE if status >= 500 and is_failure(status) else SUCCESS
-        return OUTCOMES[cause]
+        return _outcome(cause, self._context.status or self._status)
 
     def _judge_probe_early(self) -> None:
         """A probe's answer has begun: that will do, for its end may be a minute of tokens away."""
         if self._permit is not None and self._permit.probe and not self._context.reason:
             self._permit = self._permit.succeed_so_far(self._clock())
-
-
-class _Forwarded(_Exchange):
-    """One HTTP request to a service, watched by an outer layer already: no message need be looked at twice.
-
-    Where an attempt was made, the application says why the request ended, as ``ProxyApp`` does; what it raises beyond
-    that is not the service's doing.
-    """
-
-    watch: Watch
-
-    def failed(self, error: BaseException) -> None:
-        if self._context.attempts or not isinstance(error, Exception):
-            self.lose_client()
-
-    def conclude(self, scope: Scope) -> None:
-        self._service_has_it_since = self.watch.request_whole_at
-        super().conclude(scope)
-
-    def _cause(self, now: float) -> Cause:
-        self._answer_complete = self.watch.whole
-        self._client_left = not self.watch.whole and (self._client_left or self.watch.client_left)
-        return super()._cause(now)
 
 
 class _Session(_Exchange):

@@ -36,8 +36,11 @@ log = logging.getLogger("gateway.rate_limit")
 class Limiter(Protocol):
     """What keeps the buckets."""
 
-    async def take(self, key: str, limits: Limits, cost: int, on_failure: str) -> Decision:
-        """Take ``cost`` tokens for ``key``, or none; ``on_failure``: ``local``, ``open`` or ``closed``."""
+    def take(self, key: str, limits: Limits, cost: int, on_failure: str) -> Decision | Awaitable[Decision]:
+        """Take ``cost`` tokens for ``key``, or none, at once or when awaited.
+
+        ``on_failure`` is ``local``, ``open`` or ``closed``.
+        """
         ...
 
 
@@ -106,11 +109,12 @@ class RateLimitASGI:
             context = RequestContext()
             scope = {**scope, KEY: context}
         headers, client = scope["headers"], scope.get("client")
-        caller, address, user_id_is_false, ignored = identify(headers, client[0] if client else None, self._trusted)
-        context.caller, context.client_address = caller, address
-        if ignored and not self._warned:
-            self._warn(ignored, address)
-        if user_id_is_false:
+        identity = identify(headers, client[0] if client else None, self._trusted)
+        context.caller = caller = identity.caller
+        context.client_address = identity.address
+        if identity.ignored and not self._warned:
+            self._warn(identity.ignored, identity.address)
+        if identity.user_id_is_false:
             scope = {**scope, "headers": [header for header in headers if header[0] != b"x-user-id"]}
 
         service = context.service
@@ -120,8 +124,9 @@ class RateLimitASGI:
             return
 
         cost = 0 if scope.get("method") == "OPTIONS" and _is_preflight(headers) else 1
-        decision = await self.limiter.take(plan.prefix + caller, plan.limits, cost, plan.on_failure)
-        fields = plan.fields(decision)
+        taken = self.limiter.take(plan.prefix + caller, plan.limits, cost, plan.on_failure)
+        decision = taken if isinstance(taken, Decision) else await taken
+        fields = plan.told.get(decision) or plan.tell(decision)
         if not decision.admitted:
             await self._refuse(scope, send, context, plan, decision, fields)
             return
@@ -190,22 +195,14 @@ class _Plan:
                 self._fixed.append((b"x-ratelimit-limit-" + name, b"%d" % limit.tokens))
                 policies.append(b'"%b";q=%d;w=%d' % (name, limit.tokens, limit.period_us // 1_000_000))
         self._fixed.append((b"ratelimit-policy", b", ".join(policies)))
-        self._told: dict[Decision, list[Header]] = {}
+        self.told: dict[Decision, list[Header]] = {}  # what `tell` said of late
         self._refusal = (
             b'{"detail": {"error": "Rate limit exceeded", "limit_per_minute": %b, "limit_per_hour": %b, "retry_after": '
             % tuple(b"null" if limit is None else b"%d" % limit.tokens for limit in (minute, hour))
         )
 
-    def fields(self, decision: Decision) -> list[Header]:
+    def tell(self, decision: Decision) -> list[Header]:
         """The headers that tell a caller where it stands; the list is shared by all who stand alike."""
-        fields = self._told.get(decision)
-        if fields is None:
-            if len(self._told) >= MOST_REMEMBERED:
-                self._told.clear()
-            fields = self._told[decision] = self._tell(decision)
-        return fields
-
-    def _tell(self, decision: Decision) -> list[Header]:
         fields = self._fixed.copy()
         standing = b""
         if self.limits.minute is not None:
@@ -220,6 +217,9 @@ class _Plan:
         fields.append((b"ratelimit", standing))
         if decision.mode != NORMAL:
             fields.append((b"x-ratelimit-mode", decision.mode.encode()))
+        if len(self.told) >= MOST_REMEMBERED:
+            self.told.clear()
+        self.told[decision] = fields
         return fields
 
     def refusal(self, retry_after: int | None) -> bytes:

@@ -1,10 +1,10 @@
 """Who is calling, as far as it can be believed: trusted networks, the client's address, the name it counts under."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import NamedTuple
 
 UNIX = "unix"  # the peer of a unix socket, which has no address
 LOCAL_PEERS = ("127.0.0.0/8", "::1", UNIX)
@@ -90,7 +90,8 @@ class TrustedProxies:
         return client
 
 
-class Identity(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Identity:
     """Who a request counts for, and what of its headers is not to be believed.
 
     Attributes:
@@ -112,18 +113,17 @@ def identify(headers: Sequence[Header], peer: str | None, trusted: TrustedProxie
     An IPv6 address counts by its /64. A user ID beyond 64 bytes, or with other than visible ASCII in it, counts by its
     SHA-256, ``user:sha256:...``; an empty one, one beyond 1,024 bytes or with control bytes is not well-formed.
     """
-    said: list[bytes] = []
+    said: tuple[bytes, ...] = ()
     for header in headers:
         if header[0] in _MENTIONS_CALLER:
-            said += header
-    key = (peer, *said)
-    identity = trusted.identities.get(key)
+            said += tuple(header)
+    identity = trusted.identities.get((peer, *said))
     if identity is None:
         identity = _identity(headers, peer, trusted)
         if len(b"".join(said)) <= _LONGEST_REMEMBERED:
             if len(trusted.identities) >= _REMEMBERED:
                 trusted.identities.clear()
-            trusted.identities[key] = identity
+            trusted.identities[peer, *said] = identity
     return identity
 
 

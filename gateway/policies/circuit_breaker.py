@@ -112,20 +112,29 @@ class Permit:
         finished: an outcome was given; a further one does nothing.
     """
 
-    # Defaults on the class, not slots: an ordinary call then sets only what differs.
-    probe = False
-    finished = False
+    __slots__ = ("_breaker", "_generation", "began", "finished", "probe")
 
     def __init__(self, breaker: "CircuitBreaker", generation: int, began: float) -> None:
         self._breaker = breaker
         self._generation = generation
         self.began = began
+        self.probe = False
+        self.finished = False
 
     def finish(self, outcome: Outcome, now: float) -> None:
         """Say how the call went."""
-        if not self.finished:
-            self.finished = True
-            self._breaker._conclude(self, self._generation, outcome, now)
+        if self.finished:
+            return
+        self.finished = True
+        breaker = self._breaker
+        if (
+            outcome is SUCCESS
+            and not (breaker._failures or self.probe or breaker._alarmed_at is not None)
+            and self._generation == breaker._generation
+        ):
+            breaker._window.append((now, False, None))  # beside successes alone it changes no count
+        else:
+            breaker._conclude(self, self._generation, outcome, now)
 
     def finish_abandoned(self, now: float, *, caller: str, waited: float) -> None:
         """Say that ``caller`` left after ``waited`` seconds without a byte of the answer.
@@ -288,9 +297,6 @@ class CircuitBreaker:
         self, permit: Permit, generation: int, outcome: Outcome, now: float, caller: str | None = None
     ) -> None:
         if generation != self._generation:
-            return
-        if outcome is SUCCESS and not (self._failures or permit.probe or self._alarmed_at is not None):
-            self._window.append((now, False, None))  # beside successes alone it changes no count
             return
         if permit.probe:
             self._leases.pop(permit, None)

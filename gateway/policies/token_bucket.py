@@ -1,6 +1,7 @@
 """Two token buckets a caller, in whole numbers: what is admitted, what is left, and when to come back."""
 
 from dataclasses import dataclass, field
+from math import ceil, floor
 from typing import NamedTuple
 
 MINUTE_US = 60_000_000
@@ -15,6 +16,7 @@ CLOSED = "closed"  # out of reach, and nobody does
 # debt_minute, debt_hour, last_us. A token is worth `period_us` units of debt, of which `tokens` flow back each µs.
 State = tuple[int, int, int]
 FULL: State = (0, 0, 0)
+_new_tuple = tuple.__new__
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,31 +132,30 @@ def describe(admitted: bool, state: State, limits: Limits, now_us: int) -> Decis
     """
     debt_minute, debt_hour, reached_us = state
     token_minute, most_minute, flow_minute, token_hour, most_hour, flow_hour = limits.figures
-    full_minute_us = reached_us - -debt_minute // flow_minute  # minus a floor of the negative: rounded up
-    full_hour_us = reached_us - -debt_hour // flow_hour
+    # A quotient of whole numbers below 2^53 is never rounded to a whole number that it is not: so these are exact, as
+    # Lua's are, at a third of the cost of `//`.
+    minute_us, hour_us = ceil(debt_minute / flow_minute), ceil(debt_hour / flow_hour)  # to be full again
+    ahead_us = reached_us - now_us  # more than 0 only where the clock stepped back
     figures = (
         admitted,
-        (most_minute - debt_minute) // token_minute if token_minute else 0,
-        (most_hour - debt_hour) // token_hour if token_hour else 0,
-        -(-full_minute_us // 1_000_000),
-        -(-full_hour_us // 1_000_000),
-        -((now_us - full_minute_us) // 1_000_000),
-        -((now_us - full_hour_us) // 1_000_000),
+        floor((most_minute - debt_minute) / token_minute) if token_minute else 0,
+        floor((most_hour - debt_hour) / token_hour) if token_hour else 0,
+        ceil((reached_us + minute_us) / 1_000_000),
+        ceil((reached_us + hour_us) / 1_000_000),
+        ceil((ahead_us + minute_us) / 1_000_000),
+        ceil((ahead_us + hour_us) / 1_000_000),
         None if admitted else _wait_us(state, limits, now_us),
         NORMAL,
     )
-    return tuple.__new__(Decision, figures)  # half the time of `Decision(...)`
+    return _new_tuple(Decision, figures)  # half the time of `Decision(...)`
 
 
 def full_at_us(state: State, limits: Limits) -> int:
     """When both buckets are full again, microseconds on the clock of ``state``, which then need not be kept."""
     debt_minute, debt_hour, last_us = state
-    minute_us = hour_us = 0
-    if limits.minute is not None and limits.minute.tokens:
-        minute_us = -(-debt_minute // limits.minute.tokens)
-    if limits.hour is not None and limits.hour.tokens:
-        hour_us = -(-debt_hour // limits.hour.tokens)
-    return last_us + max(minute_us, hour_us)
+    _, _, flow_minute, _, _, flow_hour = limits.figures
+    minute_us, hour_us = debt_minute / flow_minute, debt_hour / flow_hour
+    return last_us + ceil(max(minute_us, hour_us))
 
 
 def share(limits: Limits, workers: int) -> Limits:
