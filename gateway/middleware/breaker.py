@@ -10,7 +10,6 @@ from gateway import problems
 from gateway.circuit_breaker import circuit_breaker_registry
 from gateway.context import DROP_CODES, KEY, OUTCOMES, Cause, RequestContext, is_failure
 from gateway.policies.circuit_breaker import CircuitBreaker, CircuitBreakerConfig, Outcome, Permit, Refusal
-from gateway.watch import WATCH, Watch
 
 COMPLETED, CLIENT_LEFT = Cause.COMPLETED, Cause.CLIENT_LEFT
 SUCCESS, FAILURE, NEUTRAL = Outcome.SUCCESS, Outcome.FAILURE, Outcome.NEUTRAL
@@ -84,11 +83,9 @@ class BreakerASGI:
             return
 
         context.probe = permit.probe
-        watch: Watch | None = scope.get(WATCH)
         call: _Exchange
-        if kind == "http" and watch is not None and self.breakers is not None and not permit.probe:
+        if kind == "http" and context.watched and self.breakers is not None and not permit.probe:
             call = _Forwarded(permit, context, receive, send, clock)
-            call.watch = watch
         else:
             call = (_Exchange if kind == "http" else _Session)(permit, context, receive, send, clock)
             receive, send = call.receive, call.send
@@ -216,19 +213,17 @@ class _Forwarded(_Exchange):
     that is not the service's doing.
     """
 
-    watch: Watch
-
     def failed(self, error: BaseException) -> None:
         if self._context.attempts or not isinstance(error, Exception):
             self.lose_client()
 
     def conclude(self, scope: Scope) -> None:
-        self._service_has_it_since = self.watch.request_whole_at
+        self._service_has_it_since = self._context.request_whole_at
         super().conclude(scope)
 
     def _cause(self, now: float) -> Cause:
-        self._answer_complete = self.watch.whole
-        self._client_left = not self.watch.whole and (self._client_left or self.watch.client_left)
+        self._answer_complete = self._context.whole
+        self._client_left = not self._context.whole and (self._client_left or self._context.client_left)
         return super()._cause(now)
 
 

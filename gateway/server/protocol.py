@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from http import HTTPStatus
 from os import urandom
+from time import monotonic
 from typing import Any, cast
 
 from starlette.types import ASGIApp, Message, Scope
@@ -651,7 +652,9 @@ class RequestCycle:
     def __init__(self, connection: GatewayProtocol, scope: Scope, request: RequestHead) -> None:
         self._connection = connection
         self.scope = scope
-        self.context = scope[KEY] = RequestContext()  # here, to learn from it how the application names the request
+        # Here, to learn from it how the application names the request, and to note in it what passes.
+        self.context = scope[KEY] = RequestContext()
+        self.context.watched = True
         self.task: asyncio.Task[None] | None = None
         self.disconnected = False
         self.farewell: Message = GONE
@@ -782,10 +785,15 @@ class RequestCycle:
                 if self._body_size:
                     self._body_size = 0
                     connection.resume_reading()
+                context = self.context
+                context.received += len(body)
+                if not self._more_body:
+                    context.request_whole_at = monotonic()
                 return {"type": "http.request", "body": body, "more_body": self._more_body}
             if self._more_body:
                 connection.wait_for_body()
             await _wait(connection.loop, self._waiters)
+        self.context.lose_client(self.farewell, monotonic())
         return dict(self.farewell)
 
     # The answer
@@ -799,16 +807,27 @@ class RequestCycle:
         connection = self._connection
         if connection.writing_paused and not self.disconnected:
             await connection.writable()
-        if self.disconnected:
-            return
         kind = message["type"]
         if kind != self._comes_next:
+            if self.disconnected:
+                return
             raise RuntimeError(f"{kind} can't come now")
+        context = self.context
         if kind == "http.response.start":
-            self._take_head(message["status"], message.get("headers", ()))
+            context.status = status = message["status"]
+            context.answered_at = context.first_byte_at or monotonic()
+            if not self.disconnected:
+                headers = message.get("headers", ())
+                self._take_head(status, context.head(headers) if context.added else headers)
             self._comes_next = "http.response.body"
         else:
-            self._write_body(message.get("body", b""), message.get("more_body", False))
+            body = message.get("body", b"")
+            more_body = message.get("more_body", False)
+            context.sent += len(body)
+            if not more_body:
+                context.whole = True
+            if not self.disconnected:
+                self._write_body(body, more_body)
 
     def _take_head(self, status: int, headers: Iterable[Iterable[bytes]]) -> None:
         """Check the head and keep it."""
