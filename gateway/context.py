@@ -1,6 +1,6 @@
 """What the layers tell one another about one request: a single object in place of many dictionaries."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from math import inf
@@ -159,14 +159,14 @@ class RequestContext:
             self.answered_at = now
             self.whole = True
 
-    def add(self, fields: tuple[Header, ...], names: frozenset[bytes]) -> None:
+    def add(self, fields: Sequence[Header], names: frozenset[bytes]) -> None:
         """Put header fields on the answer, whoever gives it, in place of those of these names (in lower case)."""
         if self.replaced:
             if not names.isdisjoint(self.replaced):
                 self.added = tuple(field for field in self.added if field[0] not in names)
             names = _union(names, self.replaced)
         self.replaced = names
-        self.added += fields
+        self.added = (*self.added, *fields)
 
     def head(self, headers: Iterable[Header]) -> list[Header]:
         """An answer's header fields with what layers have added to them."""

@@ -1,22 +1,17 @@
 """Rate limits: each caller its tokens, every answer saying what is left, and a refusal that says when to come back."""
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.context import KEY, Cause, RequestContext
+from gateway.context import KEY, Cause, Header, RequestContext
 from gateway.policies.callers import LOCAL_PEERS, TrustedProxies, identify
 from gateway.policies.token_bucket import CLOSED, LOCAL, NORMAL, OPEN, Decision, Limits
 from gateway.problems import answer, answer_json
+from gateway.watch import Watch
 
-Header = tuple[bytes, bytes]
-NAME = itemgetter(0)  # of a header
-Sent = Awaitable[None]
-
-OPENS_RESPONSE = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
 OURS = frozenset(
     {b"ratelimit", b"ratelimit-policy", b"x-ratelimit-mode"}
     | {
@@ -102,9 +97,8 @@ class RateLimitASGI:
             return
 
         context: RequestContext | None = scope.get(KEY)
-        if context is None:
-            context = RequestContext()
-            scope = {**scope, KEY: context}
+        if context is None or not context.watched:
+            context, scope, receive, send = Watch.over(scope, receive, send)
         headers, client = scope["headers"], scope.get("client")
         caller, address, user_id_is_false, ignored = identify(headers, client[0] if client else None, self._trusted)
         context.caller, context.client_address = caller, address
@@ -126,16 +120,8 @@ class RateLimitASGI:
             await self._refuse(scope, send, context, plan, decision, fields)
             return
 
-        def send_counted(message: Message) -> Sent:
-            if message["type"] in OPENS_RESPONSE:
-                headers = [*message.get("headers", ())]
-                if not SPELLINGS.isdisjoint(map(NAME, headers)):
-                    headers = [header for header in headers if header[0].lower() not in OURS]
-                headers += fields
-                message = {**message, "headers": headers}
-            return send(message)
-
-        await self.app(scope, receive, send_counted)
+        context.add(fields, SPELLINGS)
+        await self.app(scope, receive, send)
 
     async def _refuse(
         self,
