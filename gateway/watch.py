@@ -128,10 +128,10 @@ def end(context: RequestContext, now: float, error: BaseException | None = None)
         gone = context.client_left or isinstance(error, CancelledError)
         status = LEFT_UNANSWERED if gone else FAILED_UNSEEN
     context.final_status = status
-    if cause is not COMPLETED:
+    if cause is COMPLETED:
+        context.cut_short = not context.whole and status != 101
+    else:
         context.cut_short = status < 400 or not context.whole  # a WebSocket too, its 101
-    elif not context.whole:
-        context.cut_short = status != 101
 
 
 def _cause(context: RequestContext, error: BaseException | None) -> Cause:

@@ -1,6 +1,7 @@
 import asyncio
 import json
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import pytest
 from hypothesis import given
@@ -366,7 +367,7 @@ def test_a_line_holds_what_there_is_to_tell_in_the_order_of_the_contract_and_not
 
     log = Log(app)
     body: Message = {"type": "http.request", "body": bytes(numbers[0] % 5000)}
-    asyncio.run(log.call(http("/chat", "POST", raw_path=path), body))
+    asyncio.run(log.call(http(unquote_to_bytes(path).decode("utf-8", "replace"), "POST", raw_path=path), body))
 
     shown = path.decode("ascii", "backslashreplace").partition("?")[0]
     ttfb = 0.12345 if first_byte is None else first_byte

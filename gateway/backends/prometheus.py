@@ -152,10 +152,10 @@ class Metrics:
 class _Tally:
     """What requests of one kind add up to."""
 
-    __slots__ = ("attempts", "buckets", "errors", "exemplars", "retries", "seconds")
+    __slots__ = ("buckets", "errors", "exemplars", "retries", "seconds", "unsent")
 
     def __init__(self) -> None:
-        self.attempts = 0
+        self.unsent = 0  # requests that no service was asked to answer
         self.retries = 0
         self.errors = 0
         self.seconds = 0.0
@@ -187,10 +187,10 @@ class _InOneProcess(Collector):
         if kind[2] >= 500 or context.cut_short:
             tally.errors += 1
         attempts = context.attempts
-        if attempts:
-            tally.attempts += attempts
-            if attempts > 1:
-                tally.retries += attempts - 1
+        if attempts > 1:
+            tally.retries += attempts - 1
+        elif attempts == 0:
+            tally.unsent += 1
 
     def collect(self) -> Iterable[Metric]:
         counts: dict[str, dict[tuple[str, ...], float]] = {
@@ -204,7 +204,7 @@ class _InOneProcess(Collector):
             counts[ERRORS[0]][where] += tally.errors
             counts[OUTCOMES[0]][(service or NO_SERVICE, cause)] += count
             if service:
-                counts[ATTEMPTS[0]][(service,)] += tally.attempts
+                counts[ATTEMPTS[0]][(service,)] += count - tally.unsent + tally.retries
                 counts[RETRIES[0]][(service,)] += tally.retries
             total = times.setdefault(where, _Tally())
             total.seconds += tally.seconds

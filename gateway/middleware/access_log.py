@@ -107,7 +107,9 @@ class LoggingASGI:
             self.sink(_text(second, level, message, scope, context, self.colour))
             return
 
-        method, path = scope.get("method", "GET"), _path(scope)  # a WebSocket's handshake is a GET
+        method, path, raw = scope.get("method", "GET"), scope["path"], scope.get("raw_path")
+        if raw is None or len(raw) != len(path) or len(path) > LONGEST_PATH or "?" in path or not raw.isascii():
+            path = _path(path, raw)
         service, caller, client, replica = context.service, context.caller, context.client_address, context.replica
         bytes_in, bytes_out = context.bytes_in, context.bytes_out
         began = context.first_byte_at or context.answered_at
@@ -170,10 +172,10 @@ def _message(context: RequestContext) -> str:
     return "Request aborted" if context.cut_short else "Request failed"
 
 
-def _path(scope: Scope) -> str:
+def _path(path: str, raw: bytes | None) -> str:
     """The path as it was sent, without its query, whatever a server puts into ``raw_path``."""
-    raw: bytes | None = scope.get("raw_path")
-    path: str = scope["path"] if raw is None else raw.decode("ascii", "backslashreplace")
+    if raw is not None:
+        path = raw.decode("ascii", "backslashreplace")
     if "?" in path:
         path = path.partition("?")[0]
     return path if len(path) <= LONGEST_PATH else f"{path[:LONGEST_PATH]}..."
@@ -190,7 +192,7 @@ def _text(second: int, level: str, message: str, scope: Scope, context: RequestC
         "cause": None if context.cause is COMPLETED else context.cause,
         "reason": context.reason,
     }
-    method, path = scope.get("method", "GET")[:LONGEST_METHOD], _path(scope)
+    method, path = scope.get("method", "GET")[:LONGEST_METHOD], _path(scope["path"], scope.get("raw_path"))
     milliseconds = int(context.seconds * 100_000 + 0.5) / 100
     rest = f"{method} {path} {context.final_status} {milliseconds:.2f} ms {context.correlation_id or '-'}"
     rest += "".join(f" {name}={value}" for name, value in told.items() if value)
