@@ -1,6 +1,6 @@
 """What the layers tell one another about one request: a single object in place of many dictionaries."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from enum import StrEnum
 from functools import lru_cache
 from math import inf
@@ -98,8 +98,8 @@ class RequestContext:
         first_byte_at: when the first byte of the service's body came, monotonic seconds.
         cause: why it ended.
         reason: where the gateway refused it, a word saying why: ``rate_limited``, ``breaker_open``, ``full`` ...
-        added: header fields that layers put on whatever answer there will be: see ``add``.
-        replaced: the names of fields that are taken off it before.
+        added: header fields that layers put on whatever answer there will be, as on the wire: see ``add``.
+        replaced: the names of the fields that these take the place of.
         watched: the attributes below are being noted, and ``added`` will be put on.
         answered_at: when the answer started, monotonic seconds; None before.
         request_whole_at: when the last of the request's body came, monotonic seconds; infinity before.
@@ -128,8 +128,8 @@ class RequestContext:
     first_byte_at: float | None = None
     cause: Cause | None = None
     reason = ""
-    added: tuple[Header, ...] = ()
-    replaced: frozenset[bytes] = frozenset()
+    added = b""
+    replaced = frozenset[bytes]()
     watched = False
     answered_at: float | None = None
     request_whole_at = inf
@@ -159,22 +159,36 @@ class RequestContext:
             self.answered_at = now
             self.whole = True
 
-    def add(self, fields: Sequence[Header], names: frozenset[bytes]) -> None:
-        """Put header fields on the answer, whoever gives it, in place of those of these names (in lower case)."""
+    def add(self, lines: bytes, names: frozenset[bytes]) -> None:
+        """Put header fields on the answer, whoever gives it.
+
+        Args:
+            lines: the fields as on the wire, each begun, not ended, by CRLF, and their names in lower case.
+            names: of the fields they take the place of, in the spellings to expect.
+        """
         if self.replaced:
-            if not names.isdisjoint(self.replaced):
-                self.added = tuple(field for field in self.added if field[0] not in names)
+            if not names.isdisjoint(self.replaced):  # the same layer, met twice
+                self.added = field_lines([field for field in fields_of(self.added) if field[0] not in names])
             names = _union(names, self.replaced)
         self.replaced = names
-        self.added = (*self.added, *fields)
+        self.added += lines
 
-    def head(self, headers: Iterable[Header]) -> list[Header]:
-        """An answer's header fields with what layers have added to them."""
+    def unreplaced(self, headers: Iterable[Header]) -> Iterable[Header]:
+        """Of an answer's header fields those that none of ``added`` takes the place of."""
         fields = [*headers]
-        if not self.replaced.isdisjoint(map(NAME, fields)):
-            fields = [field for field in fields if field[0].lower() not in self.replaced]
-        fields += self.added
-        return fields
+        if self.replaced.isdisjoint(map(NAME, fields)):
+            return fields
+        return [field for field in fields if field[0].lower() not in self.replaced]
+
+
+def field_lines(fields: Iterable[Header]) -> bytes:
+    """Header fields as on the wire, each begun by CRLF."""
+    return b"".join([b"\r\n%b: %b" % field for field in fields])
+
+
+def fields_of(lines: bytes) -> list[Header]:
+    """The header fields of such lines."""
+    return [(name, value) for name, _, value in [line.partition(b": ") for line in lines.split(b"\r\n")[1:]]]
 
 
 @lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ from time import monotonic
 
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.context import KEY, Cause, RequestContext
+from gateway.context import KEY, Cause, RequestContext, fields_of
 
 FAILED_UNSEEN = 500  # what a server answers for an application that raised, or that never answered
 COMPLETED = Cause.COMPLETED  # looked up once: an enumeration's member costs more than a global
@@ -101,7 +101,9 @@ class Watch:
         context = self._context
         context.status = status
         context.answered_at = self._clock()
-        return {**message, "headers": context.head(message.get("headers", ()))} if context.added else message
+        if not context.added:
+            return message
+        return {**message, "headers": [*context.unreplaced(message.get("headers", ())), *fields_of(context.added)]}
 
 
 def end(context: RequestContext, now: float, error: BaseException | None = None) -> None:

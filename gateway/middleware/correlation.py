@@ -46,6 +46,7 @@ class CorrelationASGI:
         self.app = app
         self.header = header
         self._names = frozenset({header})
+        self._start = b"\r\n" + header + b": "
         self.new_id = new_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,13 +66,12 @@ class CorrelationASGI:
                 break
         if not chosen:
             chosen = self.new_id()
-        named = (header, chosen)
         context.correlation_id = chosen.decode()
-        context.add((named,), self._names)
+        context.add(self._start + chosen, self._names)
 
         # A copy: outer layers keep the request they were given (ASGI specification, "Middleware").
         scope = {**scope}
-        scope["headers"] = [*headers, named]
+        scope["headers"] = [*headers, (header, chosen)]
         await self.app(scope, receive, send)
 
     def _take(self, headers: Sequence[Header]) -> tuple[bytes, Sequence[Header]]:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.context import KEY, Cause, Header, RequestContext
+from gateway.context import KEY, Cause, Header, RequestContext, field_lines, fields_of
 from gateway.policies.callers import LOCAL_PEERS, TrustedProxies, identify
 from gateway.policies.token_bucket import CLOSED, LOCAL, NORMAL, OPEN, Decision, Limits
 from gateway.problems import answer, answer_json
@@ -115,12 +115,12 @@ class RateLimitASGI:
 
         cost = 0 if scope.get("method") == "OPTIONS" and _is_preflight(headers) else 1
         decision = await self.limiter.take(plan.prefix + caller, plan.limits, cost, plan.on_failure)
-        fields = plan.fields(decision)
+        lines = plan.lines(decision)
         if not decision.admitted:
-            await self._refuse(scope, send, context, plan, decision, fields)
+            await self._refuse(scope, send, context, plan, decision, fields_of(lines))
             return
 
-        context.add(fields, SPELLINGS)
+        context.add(lines, SPELLINGS)
         await self.app(scope, receive, send)
 
     async def _refuse(
@@ -176,20 +176,20 @@ class _Plan:
                 self._fixed.append((b"x-ratelimit-limit-" + name, b"%d" % limit.tokens))
                 policies.append(b'"%b";q=%d;w=%d' % (name, limit.tokens, limit.period_us // 1_000_000))
         self._fixed.append((b"ratelimit-policy", b", ".join(policies)))
-        self._told: dict[Decision, list[Header]] = {}
+        self._told: dict[Decision, bytes] = {}
         self._refusal = (
             b'{"detail": {"error": "Rate limit exceeded", "limit_per_minute": %b, "limit_per_hour": %b, "retry_after": '
             % tuple(b"null" if limit is None else b"%d" % limit.tokens for limit in (minute, hour))
         )
 
-    def fields(self, decision: Decision) -> list[Header]:
-        """The headers that tell a caller where it stands; the list is shared by all who stand alike."""
-        fields = self._told.get(decision)
-        if fields is None:
+    def lines(self, decision: Decision) -> bytes:
+        """The header lines that tell a caller where it stands, made once for all who stand alike."""
+        lines = self._told.get(decision)
+        if lines is None:
             if len(self._told) >= MOST_REMEMBERED:
                 self._told.clear()
-            fields = self._told[decision] = self._tell(decision)
-        return fields
+            lines = self._told[decision] = field_lines(self._tell(decision))
+        return lines
 
     def _tell(self, decision: Decision) -> list[Header]:
         fields = self._fixed.copy()

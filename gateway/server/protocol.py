@@ -818,7 +818,7 @@ class RequestCycle:
             context.answered_at = context.first_byte_at or monotonic()
             if not self.disconnected:
                 headers = message.get("headers", ())
-                self._take_head(status, context.head(headers) if context.added else headers)
+                self._take_head(status, context.unreplaced(headers) if context.added else headers)
             self._comes_next = "http.response.body"
         else:
             body = message.get("body", b"")
@@ -849,6 +849,7 @@ class RequestCycle:
             raise RuntimeError("A header of the answer has a line end or a NUL in it")
         if status == 204 or status == 304:
             self._has_body = False
+        append(self.context.added)
         self._head = b"".join(pieces)
 
     def _take_framing(self, name: bytes, value: bytes) -> bool:
