@@ -1,14 +1,20 @@
 """What the layers tell one another about one request: a single object in place of many dictionaries."""
 
+from collections.abc import Iterable
 from enum import StrEnum
+from functools import lru_cache
+from math import inf
+from operator import itemgetter
 from time import monotonic
 
-from starlette.types import Scope
+from starlette.types import Message, Scope
 
 from gateway.policies.circuit_breaker import Outcome
 from gateway.policies.services import Service
 
 KEY = "gateway"  # where the context lives in an ASGI scope
+Header = tuple[bytes, bytes]
+NAME = itemgetter(0)  # of a header
 
 
 class Cause(StrEnum):
@@ -72,7 +78,9 @@ def is_failure(status: int) -> bool:
 class RequestContext:
     """One request's facts, from its arrival to its log line.
 
-    Inner layers write what they decide; the outermost read it when the request has ended.
+    Inner layers write what they decide; the outermost read it when the request has ended. What passed is noted in one
+    place, so that the log line, the metrics and the breaker can't disagree: by our server, which makes the context of
+    each HTTP request, else by the ``gateway.watch.Watch`` of the first layer that needs to know.
 
     Attributes:
         correlation_id: the request's name across systems (SPEC.md, 3).
@@ -85,11 +93,24 @@ class RequestContext:
         status: the status sent to the client; 0 before one was. A WebSocket that was accepted has 101.
         attempts: how often it was sent to a replica of the service.
         replica: the address of the last replica tried.
-        bytes_in: bytes of body read from the client.
-        bytes_out: bytes of body given to the client.
+        bytes_in: bytes of body that the proxy read from the client; in the end, all that was read.
+        bytes_out: bytes of body that the proxy gave to the client; in the end, all that was given.
         first_byte_at: when the first byte of the service's body came, monotonic seconds.
         cause: why it ended.
         reason: where the gateway refused it, a word saying why: ``rate_limited``, ``breaker_open``, ``full`` ...
+        added: header fields that layers put on whatever answer there will be, as on the wire: see ``add``.
+        replaced: the names of the fields that these take the place of.
+        watched: the attributes below are being noted, and ``added`` will be put on.
+        answered_at: when the answer started, monotonic seconds; None before.
+        request_whole_at: when the last of the request's body came, monotonic seconds; infinity before.
+        received: bytes of body, or of a WebSocket's messages, that came from the client.
+        sent: the same the other way.
+        whole: the last byte of the answer was given to the server, or the WebSocket was closed in good order.
+        client_left: the client went before that.
+        ended: all is settled (``gateway.watch.end``), the attributes below too.
+        final_status: the answer's status, and never 0: where there was none, what tells why.
+        cut_short: the client got less than a whole answer, or a whole one that says that it is not.
+        seconds: how long it took, never below 0.
     """
 
     # Defaults on the class, not slots: a request then sets only what it has.
@@ -107,6 +128,19 @@ class RequestContext:
     first_byte_at: float | None = None
     cause: Cause | None = None
     reason = ""
+    added = b""
+    replaced = frozenset[bytes]()
+    watched = False
+    answered_at: float | None = None
+    request_whole_at = inf
+    received = 0
+    sent = 0
+    whole = False
+    client_left = False
+    ended = False
+    final_status = 0
+    cut_short = False
+    seconds = 0.0
 
     def __init__(self) -> None:
         self.started = monotonic()
@@ -116,3 +150,47 @@ class RequestContext:
         """The context an outer layer made for this request, else a new one (which the caller puts in its scope)."""
         context: RequestContext | None = scope.get(KEY)
         return RequestContext() if context is None else context
+
+    def lose_client(self, message: Message, now: float) -> None:
+        """Note an ``http.disconnect``, where our server says what it has answered a body that it could not read on."""
+        self.client_left = not self.whole
+        if self.answered_at is None and "status" in message:
+            self.status = message["status"]
+            self.answered_at = now
+            self.whole = True
+
+    def add(self, lines: bytes, names: frozenset[bytes]) -> None:
+        """Put header fields on the answer, whoever gives it.
+
+        Args:
+            lines: the fields as on the wire, each begun, not ended, by CRLF, and their names in lower case.
+            names: of the fields they take the place of, in the spellings to expect.
+        """
+        if self.replaced:
+            if not names.isdisjoint(self.replaced):  # the same layer, met twice
+                self.added = field_lines([field for field in fields_of(self.added) if field[0] not in names])
+            names = _union(names, self.replaced)
+        self.replaced = names
+        self.added += lines
+
+    def unreplaced(self, headers: Iterable[Header]) -> Iterable[Header]:
+        """Of an answer's header fields those that none of ``added`` takes the place of."""
+        fields = [*headers]
+        if self.replaced.isdisjoint(map(NAME, fields)):
+            return fields
+        return [field for field in fields if field[0].lower() not in self.replaced]
+
+
+def field_lines(fields: Iterable[Header]) -> bytes:
+    """Header fields as on the wire, each begun by CRLF."""
+    return b"".join([b"\r\n%b: %b" % field for field in fields])
+
+
+def fields_of(lines: bytes) -> list[Header]:
+    """The header fields of such lines."""
+    return [(name, value) for name, _, value in [line.partition(b": ") for line in lines.split(b"\r\n")[1:]]]
+
+
+@lru_cache(maxsize=64)
+def _union(names: frozenset[bytes], others: frozenset[bytes]) -> frozenset[bytes]:
+    return names | others

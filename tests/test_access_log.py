@@ -1,7 +1,9 @@
 import asyncio
 import json
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -366,7 +368,7 @@ def test_a_line_holds_what_there_is_to_tell_in_the_order_of_the_contract_and_not
 
     log = Log(app)
     body: Message = {"type": "http.request", "body": bytes(numbers[0] % 5000)}
-    asyncio.run(log.call(http("/chat", "POST", raw_path=path), body))
+    asyncio.run(log.call(http(unquote_to_bytes(path).decode("utf-8", "replace"), "POST", raw_path=path), body))
 
     shown = path.decode("ascii", "backslashreplace").partition("?")[0]
     ttfb = 0.12345 if first_byte is None else first_byte
@@ -395,6 +397,7 @@ def test_a_line_holds_what_there_is_to_tell_in_the_order_of_the_contract_and_not
     elif cause is not Cause.COMPLETED:
         told["message"] = "Request aborted" if status < 400 else "Request failed"
     assert [*log.line] == [name for name, value in told.items() if value is not None]
+    assert log.written == [orjson.dumps(log.line) + b"\n"]
     for name, value in log.line.items():
         if isinstance(value, float):
             assert value == pytest.approx(told[name], abs=0.011), name

@@ -264,21 +264,16 @@ async def test_lifespan_passes_untouched() -> None:
 def test_workers_are_added_up_whichever_is_asked(tmp_path: Path) -> None:
     worker = """
 import sys
-from time import monotonic
 from gateway.backends.prometheus import process_metrics
 from gateway.policies.services import Service
 metrics = process_metrics()
 metrics.expect([Service(name="chatbot-service", prefix="/api/v1/chat", replicas=())])
 from gateway.context import RequestContext
-from gateway.watch import Watch
-watch = Watch(RequestContext(), None, None, monotonic)
-watch.context.endpoint, watch.context.attempts, watch.status, watch.whole = "/api/v1/chat", 2, 200, True
-watch.context.service = Service(name="chatbot-service", prefix="/api/v1/chat", replicas=())
-watch.ended()
+context = RequestContext()
+context.attempts = 2
 for _ in range(int(sys.argv[1])):
-    metrics.began()
-    metrics.ended("POST", 0.2, watch)
-metrics.began()
+    metrics.ended(("POST", "/api/v1/chat", 200, "chatbot-service", "completed"), 0.2, context)
+metrics.under_way = 1
 metrics.limiter_shared(sys.argv[2] == "open")
 metrics.refresh({"chatbot-service": {"state": sys.argv[2]}})
 if sys.argv[2] == "open":

@@ -208,15 +208,6 @@ async def test_what_others_do_to_one_answers_headers_does_not_show_in_the_next(c
         assert (await ask(app, scope)).pairs == pairs
 
 
-async def test_what_is_remembered_of_answers_is_bounded(clock: FakeClock) -> None:
-    app = limited(clock, per_minute=60, per_hour=None)
-    for _ in range(1100):
-        clock.advance(60)
-        answer = await ask(app)
-        assert answer.headers["x-ratelimit-reset-minute"] == str(clock.now_us // 1_000_000 + 1)
-    assert len(app._common.told) <= 1024
-
-
 async def test_two_services_have_buckets_of_their_own_and_others_share_the_common_ones(clock: FakeClock) -> None:
     app = limited(
         clock,

@@ -85,20 +85,28 @@ class LogSink:
 
     def write(self, line: bytes) -> None:
         """Accept one line, its newline included, without ever waiting. One of over 4,096 bytes is shortened."""
-        size = len(line)
-        if size > MOST_BYTES:
-            line = shortened(line)
-            size = len(line)
-        waiting = self._accepted - self._taken + size
-        is_much = waiting > self._hurry_bytes
-        if is_much and waiting > self.buffer_bytes:
-            self._drop(1)
+        accepted = self._accepted + len(line)
+        if len(line) > MOST_BYTES or accepted - self._taken > self._hurry_bytes:
+            self._write_rarely(line)
             return
-        self._accepted += size
+        self._accepted = accepted
         self._lines.append(line)
         if not self._awake:
             self._wake()
-        if is_much and not self._hurry.is_set():
+
+    def _write_rarely(self, line: bytes) -> None:
+        """A line that is too long, or one of many that wait."""
+        if len(line) > MOST_BYTES:
+            line = shortened(line)
+        waiting = self._accepted - self._taken + len(line)
+        if waiting > self.buffer_bytes:
+            self._drop(1)
+            return
+        self._accepted += len(line)
+        self._lines.append(line)
+        if not self._awake:
+            self._wake()
+        if waiting > self._hurry_bytes and not self._hurry.is_set():
             self._hurry.set()
 
     def close(self, timeout: float = 1.0) -> None:
@@ -163,10 +171,9 @@ class LogSink:
         chunk: list[bytes] = []
         size = 0
         try:
-            while size + len(lines[0]) <= most:  # only this thread takes lines, so the first one stays the first
-                line = lines.popleft()
-                size += len(line)
-                chunk.append(line)
+            while (longer := size + len(lines[0])) <= most:  # only this thread takes lines: the first stays the first
+                size = longer
+                chunk.append(lines.popleft())
         except IndexError:  # no line is left
             self._taken = self._accepted - size
         self._taken += size

@@ -30,9 +30,8 @@ from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
 from gateway import __version__
-from gateway.context import Cause
+from gateway.context import Cause, RequestContext
 from gateway.policies.services import Service
-from gateway.watch import Watch
 
 # Seconds. Up to the longest stream: an answer of a language model may take minutes.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0)
@@ -44,7 +43,7 @@ NO_SERVICE = "none"  # the gateway's own paths, and requests refused before they
 MOST_CALLERS = 1000  # label values last as long as the process, so strangers must not make them up without end
 STATES = {"closed": 0, "half_open": 1, "open": 2}
 LONGEST_EXEMPLAR = 128 - len("correlation_id")  # OpenMetrics: names and values together
-Kind = tuple[str, str, int, str, str]  # method, endpoint, status, service, cause: every one bounded
+Kind = tuple[str, str, int, str, str]  # method, endpoint, status, service, cause: all bounded, once the method is
 
 REQUESTS = ("http_requests_total", "Requests that ended.", ("method", "endpoint", "status"))
 SECONDS = (
@@ -92,14 +91,14 @@ class Metrics:
         self.dropped = counter("log_lines_dropped_total", "Log lines that found no room.")
         self.build = gauge("gateway_build_info", "1, by version.", ("version",), multiprocess_mode="livemax")
 
-        self._under_way = 0
+        self.under_way = 0  # requests and WebSockets that have begun and not ended
         self._callers: set[str] = set()
         over_workers: bool = values.ValueClass._multiprocess
         self._requests = _OverWorkers(registry) if over_workers else _InOneProcess(registry)
-        self._series: Mapping[Kind, _Tally | _Children] = self._requests.series
+        self.ended = self._requests.ended
         self._directory = Path(MultiProcessCollector(None)._path) if over_workers else None  # type: ignore[no-untyped-call]
         if not over_workers:
-            self.in_flight.set_function(lambda: self._under_way)
+            self.in_flight.set_function(lambda: self.under_way)
         self.build.labels(__version__).set(1)
         self.exceeded.labels(OTHER_CALLER)
 
@@ -111,27 +110,9 @@ class Metrics:
             for state in STATES:
                 self.transitions.labels(service.name, state)
 
-    def began(self) -> None:
-        """A request or WebSocket came in."""
-        self._under_way += 1
-
-    def ended(self, method: str, seconds: float, watch: Watch) -> None:
-        """It is over: how long it took, and what was seen of it."""
-        self._under_way -= 1
-        context = watch.context
-        status = watch.status
-        service = context.service
-        name = NO_SERVICE if service is None else service.name
-        kind = (method, context.endpoint, status, name, context.cause or "")
-        series = self._series.get(kind)
-        if series is None:
-            series = self._requests.expect(kind if method in METHODS else (OTHER_METHOD, *kind[1:]))
-        series.add(seconds, status >= 500 or watch.cut_short, context.attempts, context.correlation_id)
-
     def unparsed(self, status: int) -> None:
         """The server refused what it could not read as a request."""
-        kind = (OTHER_METHOD, "other", status, NO_SERVICE, Cause.REFUSED)
-        self._requests.expect(kind).add(0.0, status >= 500, 0, "")
+        self.ended((OTHER_METHOD, "other", status, "", Cause.REFUSED), 0.0, RequestContext())
 
     def rate_limit_exceeded(self, caller: str) -> None:
         """A caller was refused with 429; the first thousand have a series of their own."""
@@ -164,35 +145,22 @@ class Metrics:
         for service, status in breakers.items():
             self.breaker_states.labels(service).set(STATES[status["state"]])
         if self._directory is not None:
-            self.in_flight.set(self._under_way)
+            self.in_flight.set(self.under_way)
             _forget_dead_workers(self._directory)
 
 
 class _Tally:
     """What requests of one kind add up to."""
 
-    __slots__ = ("attempts", "buckets", "errors", "exemplars", "retries", "seconds")
+    __slots__ = ("buckets", "errors", "exemplars", "retries", "seconds", "unsent")
 
     def __init__(self) -> None:
-        self.attempts = 0
+        self.unsent = 0  # requests that no service was asked to answer
         self.retries = 0
         self.errors = 0
         self.seconds = 0.0
         self.buckets = [0] * len(BOUNDS)
         self.exemplars: list[tuple[str, float] | None] = [None] * len(BOUNDS)  # the latest of each bucket
-
-    def add(self, seconds: float, failed: bool, attempts: int, correlation_id: str) -> None:
-        bucket = bisect_left(BUCKETS, seconds)
-        self.seconds += seconds
-        self.buckets[bucket] += 1
-        if correlation_id and len(correlation_id) <= LONGEST_EXEMPLAR:
-            self.exemplars[bucket] = (correlation_id, seconds)
-        if failed:
-            self.errors += 1
-        if attempts:
-            self.attempts += attempts
-            if attempts > 1:
-                self.retries += attempts - 1
 
 
 class _InOneProcess(Collector):
@@ -205,6 +173,25 @@ class _InOneProcess(Collector):
     def expect(self, kind: Kind) -> _Tally:
         return self.series.setdefault(kind, _Tally())
 
+    def ended(self, kind: Kind, seconds: float, context: RequestContext) -> None:
+        """Count a request or WebSocket that is over."""
+        tally = self.series.get(kind)
+        if tally is None:
+            tally = self.expect(_bounded(kind))
+        bucket = bisect_left(BUCKETS, seconds)
+        tally.seconds += seconds
+        tally.buckets[bucket] += 1
+        correlation_id = context.correlation_id
+        if correlation_id and len(correlation_id) <= LONGEST_EXEMPLAR:
+            tally.exemplars[bucket] = (correlation_id, seconds)
+        if kind[2] >= 500 or context.cut_short:
+            tally.errors += 1
+        attempts = context.attempts
+        if attempts > 1:
+            tally.retries += attempts - 1
+        elif attempts == 0:
+            tally.unsent += 1
+
     def collect(self) -> Iterable[Metric]:
         counts: dict[str, dict[tuple[str, ...], float]] = {
             name: defaultdict(float) for name, _, _ in (REQUESTS, ERRORS, OUTCOMES, ATTEMPTS, RETRIES)
@@ -215,9 +202,9 @@ class _InOneProcess(Collector):
             where = (method, endpoint)
             counts[REQUESTS[0]][(method, endpoint, str(status))] += count
             counts[ERRORS[0]][where] += tally.errors
-            counts[OUTCOMES[0]][(service, cause)] += count
-            if service != NO_SERVICE:
-                counts[ATTEMPTS[0]][(service,)] += tally.attempts
+            counts[OUTCOMES[0]][(service or NO_SERVICE, cause)] += count
+            if service:
+                counts[ATTEMPTS[0]][(service,)] += count - tally.unsent + tally.retries
                 counts[RETRIES[0]][(service,)] += tally.retries
             total = times.setdefault(where, _Tally())
             total.seconds += tally.seconds
@@ -264,16 +251,31 @@ class _OverWorkers:
 
     def expect(self, kind: Kind) -> "_Children":
         method, endpoint, status, service, cause = kind
-        asked = service != NO_SERVICE
         children = self.series[kind] = _Children(
             self._requests.labels(method, endpoint, str(status)),
             self._seconds.labels(method, endpoint),
-            self._outcomes.labels(service, cause),
+            self._outcomes.labels(service or NO_SERVICE, cause),
             self._errors.labels(method, endpoint),
-            self._attempts.labels(service) if asked else None,
-            self._retries.labels(service) if asked else None,
+            self._attempts.labels(service) if service else None,
+            self._retries.labels(service) if service else None,
         )
         return children
+
+    def ended(self, kind: Kind, seconds: float, context: RequestContext) -> None:
+        """Count a request or WebSocket that is over."""
+        children = self.series.get(kind)
+        if children is None:
+            children = self.expect(_bounded(kind))
+        children.requests.inc()
+        children.times.observe(seconds)
+        children.outcomes.inc()
+        if kind[2] >= 500 or context.cut_short:
+            children.errors.inc()
+        attempts = context.attempts
+        if attempts and children.attempts is not None and children.retries is not None:
+            children.attempts.inc(attempts)
+            if attempts > 1:
+                children.retries.inc(attempts - 1)
 
 
 @dataclass(slots=True)
@@ -287,16 +289,10 @@ class _Children:
     attempts: Counter | None
     retries: Counter | None
 
-    def add(self, seconds: float, failed: bool, attempts: int, correlation_id: str) -> None:
-        self.requests.inc()
-        self.times.observe(seconds)
-        self.outcomes.inc()
-        if failed:
-            self.errors.inc()
-        if attempts and self.attempts is not None and self.retries is not None:
-            self.attempts.inc(attempts)
-            if attempts > 1:
-                self.retries.inc(attempts - 1)
+
+def _bounded(kind: Kind) -> Kind:
+    method = kind[0]
+    return kind if method in METHODS else (OTHER_METHOD, *kind[1:])
 
 
 def _forget_dead_workers(directory: Path) -> None:

@@ -1,16 +1,17 @@
 """The access log: one line a request, written when it has ended, the aborted and the refused included."""
 
 from collections.abc import Callable, Collection
-from functools import partial
+from functools import lru_cache
 from time import monotonic, time
 from typing import Any
 
 import orjson
+from orjson import Fragment
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.context import Cause
+from gateway.context import KEY, Cause, RequestContext
 from gateway.policies.timestamps import timestamp
-from gateway.watch import Watch
+from gateway.watch import Watch, end
 
 PROBES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 COMPLETED = Cause.COMPLETED
@@ -61,7 +62,8 @@ class LoggingASGI:
             sink = standard_output().write
         self.app = app
         self.sink = sink
-        self.line: Callable[[dict[str, Any]], bytes] = _json if json else partial(_text, colour=colour)
+        self.json = json
+        self.colour = colour
         self.left_out = frozenset(name for name, number in LEVELS.items() if number < LEVELS[level.upper()])
         self.quiet_paths = frozenset(quiet_paths)
         self.clock = clock
@@ -72,22 +74,26 @@ class LoggingASGI:
             await self.app(scope, receive, send)
             return
 
-        watch, inner, receive, send = Watch.over(scope, receive, send, self.clock)
+        context: RequestContext | None = scope.get(KEY)
+        inner = scope
+        if context is None or not context.watched:
+            context, inner, receive, send = Watch.over(scope, receive, send, self.clock)
         try:
             await self.app(inner, receive, send)
         except BaseException as error:
-            watch.ended(error)
+            end(context, self.clock(), error)
             raise
         else:
-            watch.ended()
+            if not context.ended:
+                end(context, self.clock())
         finally:
-            self._log(scope, watch)
+            self._log(scope, context)
 
-    def _log(self, scope: Scope, watch: Watch) -> None:
-        status = watch.status
+    def _log(self, scope: Scope, context: RequestContext) -> None:
+        cause, status = context.cause, context.final_status
         if status >= 500:
             level = "ERROR"
-        elif watch.cut_short:
+        elif context.cut_short:
             level = "WARNING"
         elif status < 400 and scope["path"] in self.quiet_paths:
             level = "DEBUG"
@@ -95,39 +101,52 @@ class LoggingASGI:
             level = "INFO"
         if level in self.left_out:
             return
+        message = "Request completed" if cause is COMPLETED else _message(context)
+        second = int(self.now())
+        if not self.json:
+            self.sink(_text(second, level, message, scope, context, self.colour))
+            return
 
-        context = watch.context
-        service = context.service
-        bytes_in = watch.bytes_in
-        bytes_out = watch.bytes_out
+        method, path, raw = scope.get("method", "GET"), scope["path"], scope.get("raw_path")
+        if raw is None or len(raw) != len(path) or len(path) > LONGEST_PATH or "?" in path or not raw.isascii():
+            path = _path(path, raw)
+        service, caller, client, replica = context.service, context.caller, context.client_address, context.replica
+        bytes_in, bytes_out = context.bytes_in, context.bytes_out
+        began = context.first_byte_at or context.answered_at
         fields: dict[str, Any] = {  # all at once: a field put in by itself costs three times as much
-            "timestamp": timestamp(int(self.now())),
-            "level": level,
-            "message": "Request completed",
+            "timestamp": _opening(second, level, message),
             "correlation_id": context.correlation_id,
-            "method": scope.get("method", "GET")[:LONGEST_METHOD],  # a WebSocket's handshake is a GET
-            "path": _path(scope),
+            "method": method if len(method) <= LONGEST_METHOD else method[:LONGEST_METHOD],
+            "path": path,
             "status_code": status,
-            "duration_ms": int(watch.seconds * 100_000 + 0.5) / 100,  # half the time of round()
+            "duration_ms": (context.seconds * 100_000.0 + 0.5) // 1.0 / 100.0,  # a third of the time of round()
             "service": None if service is None else service.name,
-            "caller": context.caller,
-            "client": context.client_address,
+            "caller": caller,
+            "client": client,
             "attempts": context.attempts,
-            "replica": context.replica,
+            "replica": replica,
             "bytes_in": bytes_in,
             "bytes_out": bytes_out,
+            "ttfb_ms": None if began is None else ((began - context.started) * 100_000.0 + 0.5) // 1.0 / 100.0,
         }
-        if not (service and context.caller and context.client_address and context.replica and bytes_in and bytes_out):
+        if not (service is not None and replica and caller and client and bytes_in and bytes_out):
             _leave_out_empty(fields, scope)
-        first_byte_at = context.first_byte_at or watch.answered_at
-        if first_byte_at is not None:
-            fields["ttfb_ms"] = int((first_byte_at - context.started) * 100_000 + 0.5) / 100
-        if context.cause is not COMPLETED:
-            fields["message"] = _message(watch)
-            fields["cause"] = context.cause
+        if cause is not COMPLETED:
+            fields["cause"] = cause
         if context.reason:
             fields["reason"] = context.reason
-        self.sink(self.line(fields))
+        try:
+            line = orjson.dumps(fields, None, orjson.OPT_APPEND_NEWLINE)
+        except TypeError:  # a lone surrogate in what a server or an inner layer gave
+            line = orjson.dumps(_with_surrogates_told(fields), None, orjson.OPT_APPEND_NEWLINE)
+        self.sink(line)
+
+
+@lru_cache(maxsize=16)
+def _opening(second: int, level: str, message: str) -> Fragment:
+    """The fields that a second's lines begin with, from the timestamp to the message, less the name of the first."""
+    fields = orjson.dumps({"timestamp": timestamp(second), "level": level, "message": message})
+    return Fragment(fields[len('{"timestamp":') : -1])
 
 
 def _leave_out_empty(fields: dict[str, Any], scope: Scope) -> None:
@@ -136,46 +155,46 @@ def _leave_out_empty(fields: dict[str, Any], scope: Scope) -> None:
     for name in OPTIONAL:
         if not fields[name]:
             del fields[name]
+    if fields["ttfb_ms"] is None:
+        del fields["ttfb_ms"]
 
 
-def _message(watch: Watch) -> str:
-    if watch.context.cause is Cause.REFUSED:
+def _with_surrogates_told(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+        for name, value in fields.items()
+    }
+
+
+def _message(context: RequestContext) -> str:
+    if context.cause is Cause.REFUSED:
         return "Request refused"
-    return "Request aborted" if watch.cut_short else "Request failed"
+    return "Request aborted" if context.cut_short else "Request failed"
 
 
-def _path(scope: Scope) -> str:
+def _path(path: str, raw: bytes | None) -> str:
     """The path as it was sent, without its query, whatever a server puts into ``raw_path``."""
-    raw: bytes | None = scope.get("raw_path")
-    path: str = scope["path"]
-    if raw is not None and len(raw) != len(path):  # something in it was decoded, or stands behind it
+    if raw is not None:
         path = raw.decode("ascii", "backslashreplace")
     if "?" in path:
         path = path.partition("?")[0]
     return path if len(path) <= LONGEST_PATH else f"{path[:LONGEST_PATH]}..."
 
 
-def _json(fields: dict[str, Any]) -> bytes:
-    try:
-        return orjson.dumps(fields, None, orjson.OPT_APPEND_NEWLINE)
-    except TypeError:  # a lone surrogate in what a server or an inner layer gave
-        fields = {
-            name: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
-            for name, value in fields.items()
-        }
-        return orjson.dumps(fields, None, orjson.OPT_APPEND_NEWLINE)
-
-
-def _text(fields: dict[str, Any], colour: bool) -> bytes:
-    level = f"{fields['level']:<8}"
+def _text(second: int, level: str, message: str, scope: Scope, context: RequestContext, colour: bool) -> bytes:
+    shown = f"{level:<8}"
     if colour:
-        level = f"\x1b[{COLOURS[fields['level']]}m{level}\x1b[0m"
-    rest = (
-        f"{fields['method']} {fields['path']} {fields['status_code']} {fields['duration_ms']:.2f} ms "
-        f"{fields['correlation_id'] or '-'}"
-    )
-    for name in ("service", "caller", "attempts", "cause", "reason"):
-        if name in fields:
-            rest += f" {name}={fields[name]}"
-    line = f"{fields['timestamp']} {level} {fields['message']}: {rest.translate(CONTROLS)}\n"
+        shown = f"\x1b[{COLOURS[level]}m{shown}\x1b[0m"
+    told = {
+        "service": context.service and context.service.name,
+        "caller": context.caller,
+        "attempts": context.attempts,
+        "cause": None if context.cause is COMPLETED else context.cause,
+        "reason": context.reason,
+    }
+    method, path = scope.get("method", "GET")[:LONGEST_METHOD], _path(scope["path"], scope.get("raw_path"))
+    milliseconds = int(context.seconds * 100_000 + 0.5) / 100
+    rest = f"{method} {path} {context.final_status} {milliseconds:.2f} ms {context.correlation_id or '-'}"
+    rest += "".join(f" {name}={value}" for name, value in told.items() if value)
+    line = f"{timestamp(second)} {shown} {message}: {rest.translate(CONTROLS)}\n"
     return line.encode("utf-8", "backslashreplace")

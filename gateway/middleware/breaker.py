@@ -10,7 +10,6 @@ from gateway import problems
 from gateway.circuit_breaker import circuit_breaker_registry
 from gateway.context import DROP_CODES, KEY, OUTCOMES, Cause, RequestContext, is_failure
 from gateway.policies.circuit_breaker import CircuitBreaker, CircuitBreakerConfig, Outcome, Permit, Refusal
-from gateway.watch import WATCH, Watch
 
 COMPLETED, CLIENT_LEFT = Cause.COMPLETED, Cause.CLIENT_LEFT
 SUCCESS, FAILURE, NEUTRAL = Outcome.SUCCESS, Outcome.FAILURE, Outcome.NEUTRAL
@@ -83,8 +82,7 @@ class BreakerASGI:
             await self._refuse(scope, send, context, breaker.name, permit)
             return
 
-        watch: Watch | None = scope.get(WATCH)
-        if kind != "http" or watch is None or self.breakers is None or permit.probe:
+        if kind != "http" or not context.watched or self.breakers is None or permit.probe:
             context.probe = permit.probe
             call = (_Exchange if kind == "http" else _Session)(permit, context, receive, send, clock)
             try:
@@ -96,7 +94,7 @@ class BreakerASGI:
                 call.conclude(scope)
             return
 
-        # An outer layer watches already: no message need be looked at twice. Where an attempt was made, the application
+        # What passes is watched already: no message need be looked at twice. Where an attempt was made, the application
         # says why the request ended, as `ProxyApp` does; what it raises beyond that is not the service's doing.
         left = False
         try:
@@ -105,9 +103,9 @@ class BreakerASGI:
             left = context.attempts > 0 or not isinstance(error, Exception)
             raise
         finally:
-            cause = context.cause or _cause(context, watch.whole, not watch.whole and (left or watch.client_left))
+            cause = context.cause or _cause(context, context.whole, not context.whole and (left or context.client_left))
             if cause is CLIENT_LEFT and not context.status:
-                _abandon(permit, context, scope, watch.request_whole_at, clock())
+                _abandon(permit, context, scope, context.request_whole_at, clock())
             else:
                 permit.finish(_outcome(cause, context.status), clock())
 

@@ -1,22 +1,27 @@
 """Correlation IDs: one name for a request, shared by its caller, our logs and the upstream."""
 
-from collections.abc import Awaitable, Callable
-from operator import itemgetter
-from random import getrandbits
+import os
+from collections.abc import Callable, Sequence
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.context import KEY, RequestContext
+from gateway.context import KEY, Header, RequestContext
+from gateway.watch import Watch
 
 SAFE = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")  # in a header, a log line, a URL
-NAME = itemgetter(0)  # of a header
-Sent = Awaitable[None]  # subscribed once, not at every request
-OPENS_RESPONSE = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
+
+_drawn: list[bytes] = []  # IDs for requests to come: many at once cost a tenth of as many singly
+os.register_at_fork(after_in_child=_drawn.clear)  # lest two processes give out the same
 
 
 def random_id() -> bytes:
     """32 hexadecimal digits that no two requests share. (To name is not to authorise: they need not be secret.)"""
-    return b"%032x" % getrandbits(128)
+    try:
+        return _drawn.pop()
+    except IndexError:
+        first, *others = os.urandom(4096).hex(" ", 16).encode().split()
+        _drawn.extend(others)
+        return first
 
 
 def is_well_formed(correlation_id: bytes) -> bool:
@@ -40,6 +45,8 @@ class CorrelationASGI:
     ) -> None:
         self.app = app
         self.header = header
+        self._names = frozenset({header})
+        self._start = b"\r\n" + header + b": "
         self.new_id = new_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,33 +54,28 @@ class CorrelationASGI:
             await self.app(scope, receive, send)
             return
 
+        context: RequestContext | None = scope.get(KEY)
+        if context is None or not context.watched:
+            context, scope, receive, send = Watch.over(scope, receive, send)
         header = self.header
         headers = scope["headers"]
         chosen = b""
-        if header in map(NAME, headers):  # a loop in C: most requests and answers bring none
-            received = [value for name, value in headers if name == header]
-            headers = [field for field in headers if field[0] != header]
-            if len(received) == 1 and is_well_formed(received[0]):
-                chosen = received[0]
+        for name, _ in headers:
+            if name == header:
+                chosen, headers = self._take(headers)
+                break
         if not chosen:
             chosen = self.new_id()
-        named = (header, chosen)
-        context: RequestContext | None = scope.get(KEY)
-        if context is None:
-            context = RequestContext()
         context.correlation_id = chosen.decode()
-
-        def send_named(message: Message) -> Sent:
-            if message["type"] in OPENS_RESPONSE:
-                fields = [*message.get("headers", ())]
-                if header in map(NAME, fields):
-                    fields = [field for field in fields if field[0] != header]
-                fields.append(named)
-                message = {**message, "headers": fields}
-            return send(message)
+        context.add(self._start + chosen, self._names)
 
         # A copy: outer layers keep the request they were given (ASGI specification, "Middleware").
-        scope = dict(scope)
-        scope["headers"] = [*headers, named]
-        scope[KEY] = context
-        await self.app(scope, receive, send_named)
+        scope = {**scope}
+        scope["headers"] = [*headers, (header, chosen)]
+        await self.app(scope, receive, send)
+
+    def _take(self, headers: Sequence[Header]) -> tuple[bytes, Sequence[Header]]:
+        """The ID among these headers, empty unless it is one and well formed, and the others."""
+        received = [value for name, value in headers if name == self.header]
+        chosen = received[0] if len(received) == 1 and is_well_formed(received[0]) else b""
+        return chosen, [field for field in headers if field[0] != self.header]

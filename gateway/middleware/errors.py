@@ -5,9 +5,9 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.context import Cause
+from gateway.context import KEY, Cause, RequestContext
 from gateway.problems import answer
-from gateway.watch import WATCH, Watch
+from gateway.watch import Watch
 
 logger = logging.getLogger("gateway.errors")
 MESSAGE = "An unexpected error occurred"
@@ -35,34 +35,34 @@ class ErrorsASGI:
             await self.app(scope, receive, send)
             return
 
-        watch: Watch | None = scope.get(WATCH)
-        if watch is None:
-            watch, scope, receive, send = Watch.over(scope, receive, send)
+        context: RequestContext | None = scope.get(KEY)
+        if context is None or not context.watched:
+            context, scope, receive, send = Watch.over(scope, receive, send)
         try:
             await self.app(scope, receive, send)
         except ConnectionAbortedError:
             raise
         except Exception as error:
-            _log(scope, watch, error)
+            _log(scope, context, error)
             is_websocket = scope["type"] == "websocket"
-            if watch.whole or (is_websocket and watch.client_left):
+            if context.whole or (is_websocket and context.client_left):
                 return  # the client has its answer; what failed came behind it
-            watch.context.cause = Cause.GATEWAY_FAULT
-            if watch.status == 0:
+            context.cause = Cause.GATEWAY_FAULT
+            if context.answered_at is None:
                 await answer(scope, send, 500, MESSAGE)
-            elif is_websocket and watch.status == 101:
+            elif is_websocket and context.status == 101:
                 with suppress(OSError, RuntimeError):  # the peer may be gone already, and the server may say so
                     await send({"type": "websocket.close", "code": INTERNAL_ERROR, "reason": ""})
             else:
                 raise ConnectionAbortedError(MESSAGE) from error
 
 
-def _log(scope: Scope, watch: Watch, error: Exception) -> None:
+def _log(scope: Scope, context: RequestContext, error: Exception) -> None:
     logger.error(
         "%s in %s %r",
         type(error).__name__,
         scope.get("method", "WebSocket"),
         scope["path"],
         exc_info=error,
-        extra={"correlation_id": watch.context.correlation_id or None},
+        extra={"correlation_id": context.correlation_id or None},
     )

@@ -6,15 +6,17 @@ from typing import Protocol
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.watch import WATCH, Watch
+from gateway.context import KEY, RequestContext
+from gateway.watch import Watch, end
 
 
 class RequestMetrics(Protocol):
-    """Where requests are counted."""
+    """Where requests are counted; ``under_way`` is how many have begun and not ended."""
 
-    def began(self) -> None: ...
+    under_way: int
 
-    def ended(self, method: str, seconds: float, watch: Watch) -> None: ...
+    def ended(self, kind: tuple[str, str, int, str, str], seconds: float, context: RequestContext) -> None:
+        """Count one that has ended; its kind is method, endpoint, status, the service's name or ``""``, and cause."""
 
 
 class MetricsASGI:
@@ -45,20 +47,25 @@ class MetricsASGI:
             await self.app(scope, receive, send)
             return
 
-        watch: Watch | None = scope.get(WATCH)
-        if watch is None:
-            watch, scope, receive, send = Watch.over(scope, receive, send, self.clock)
+        context: RequestContext | None = scope.get(KEY)
+        if context is None or not context.watched:
+            context, scope, receive, send = Watch.over(scope, receive, send, self.clock)
         metrics = self.metrics
-        metrics.began()
+        metrics.under_way += 1
         try:
             await self.app(scope, receive, send)
         except BaseException as error:
-            watch.ended(error)
+            end(context, self.clock(), error)
             raise
         else:
-            watch.ended()
+            if not context.ended:
+                end(context, self.clock())
         finally:
-            seconds = watch.seconds
-            if watch.status == 101 and watch.answered_at is not None:
-                seconds = max(0.0, watch.answered_at - watch.context.started)
-            metrics.ended(scope.get("method", "GET"), seconds, watch)  # a WebSocket's handshake is a GET
+            metrics.under_way -= 1
+            status, service = context.final_status, context.service
+            seconds = context.seconds
+            if status == 101 and context.answered_at is not None:
+                seconds = max(0.0, context.answered_at - context.started)
+            name = "" if service is None else service.name
+            method = scope.get("method", "GET")  # a WebSocket's handshake is a GET
+            metrics.ended((method, context.endpoint, status, name, context.cause or ""), seconds, context)

@@ -2,21 +2,17 @@
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from operator import itemgetter
+from operator import attrgetter
 from typing import Protocol
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.context import KEY, Cause, RequestContext
+from gateway.context import KEY, Cause, Header, RequestContext, field_lines, fields_of
 from gateway.policies.callers import LOCAL_PEERS, TrustedProxies, identify
 from gateway.policies.token_bucket import CLOSED, LOCAL, NORMAL, OPEN, Decision, Limits
 from gateway.problems import answer, answer_json
+from gateway.watch import Watch
 
-Header = tuple[bytes, bytes]
-NAME = itemgetter(0)  # of a header
-Sent = Awaitable[None]
-
-OPENS_RESPONSE = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
 OURS = frozenset(
     {b"ratelimit", b"ratelimit-policy", b"x-ratelimit-mode"}
     | {
@@ -29,7 +25,6 @@ OURS = frozenset(
 SPELLINGS = OURS.union(
     *({name.title().replace(b"Ratelimit", b"RateLimit"), name.title(), name.upper()} for name in OURS)
 )
-MOST_REMEMBERED = 1024  # sets of headers for each set of limits, about 1 KiB each
 log = logging.getLogger("gateway.rate_limit")
 
 
@@ -105,9 +100,8 @@ class RateLimitASGI:
             return
 
         context: RequestContext | None = scope.get(KEY)
-        if context is None:
-            context = RequestContext()
-            scope = {**scope, KEY: context}
+        if context is None or not context.watched:
+            context, scope, receive, send = Watch.over(scope, receive, send)
         headers, client = scope["headers"], scope.get("client")
         identity = identify(headers, client[0] if client else None, self._trusted)
         context.caller = caller = identity.caller
@@ -126,21 +120,13 @@ class RateLimitASGI:
         cost = 0 if scope.get("method") == "OPTIONS" and _is_preflight(headers) else 1
         taken = self.limiter.take(plan.prefix + caller, plan.limits, cost, plan.on_failure)
         decision = taken if isinstance(taken, Decision) else await taken
-        fields = plan.told.get(decision) or plan.tell(decision)
+        lines = plan.lines(decision)
         if not decision.admitted:
-            await self._refuse(scope, send, context, plan, decision, fields)
+            await self._refuse(scope, send, context, plan, decision, fields_of(lines))
             return
 
-        def send_counted(message: Message) -> Sent:
-            if message["type"] in OPENS_RESPONSE:
-                headers = [*message.get("headers", ())]
-                if not SPELLINGS.isdisjoint(map(NAME, headers)):
-                    headers = [header for header in headers if header[0].lower() not in OURS]
-                headers += fields
-                message = {**message, "headers": headers}
-            return send(message)
-
-        await self.app(scope, receive, send_counted)
+        context.add(lines, SPELLINGS)
+        await self.app(scope, receive, send)
 
     async def _refuse(
         self,
@@ -188,39 +174,34 @@ class _Plan:
         minute, hour = limits.minute, limits.hour
         self.is_off = minute is None and hour is None
 
-        policies = []
-        self._fixed: list[Header] = []
-        for name, limit in ((b"minute", minute), (b"hour", hour)):
+        fixed: list[Header] = []
+        policies, forms, standings = [], [], []  # figures of a decision go into the latter two
+        names: list[str] = []
+        for name, limit in (("minute", minute), ("hour", hour)):
             if limit is not None:
-                self._fixed.append((b"x-ratelimit-limit-" + name, b"%d" % limit.tokens))
-                policies.append(b'"%b";q=%d;w=%d' % (name, limit.tokens, limit.period_us // 1_000_000))
-        self._fixed.append((b"ratelimit-policy", b", ".join(policies)))
-        self.told: dict[Decision, list[Header]] = {}  # what `tell` said of late
+                tail = name.encode()
+                fixed.append((b"x-ratelimit-limit-" + tail, b"%d" % limit.tokens))
+                policies.append(b'"%b";q=%d;w=%d' % (tail, limit.tokens, limit.period_us // 1_000_000))
+                forms += [(b"x-ratelimit-remaining-" + tail, b"%d"), (b"x-ratelimit-reset-" + tail, b"%d")]
+                standings.append(b'"%b";r=%%d;t=%%d' % tail)
+                names += [f"remaining_{name}", f"reset_{name}"]
+        names += [name.replace("reset", "full") for name in names]
+        fixed.append((b"ratelimit-policy", b", ".join(policies)))
+        forms.append((b"ratelimit", b", ".join(standings)))
+        self._form = field_lines(fixed) + field_lines(forms)
+        self._figures = attrgetter(*names) if names else None
         self._refusal = (
             b'{"detail": {"error": "Rate limit exceeded", "limit_per_minute": %b, "limit_per_hour": %b, "retry_after": '
             % tuple(b"null" if limit is None else b"%d" % limit.tokens for limit in (minute, hour))
         )
 
-    def tell(self, decision: Decision) -> list[Header]:
-        """The headers that tell a caller where it stands; the list is shared by all who stand alike."""
-        fields = self._fixed.copy()
-        standing = b""
-        if self.limits.minute is not None:
-            fields.append((b"x-ratelimit-remaining-minute", b"%d" % decision.remaining_minute))
-            fields.append((b"x-ratelimit-reset-minute", b"%d" % decision.reset_minute))
-            standing = b'"minute";r=%d;t=%d' % (decision.remaining_minute, decision.full_minute)
-        if self.limits.hour is not None:
-            fields.append((b"x-ratelimit-remaining-hour", b"%d" % decision.remaining_hour))
-            fields.append((b"x-ratelimit-reset-hour", b"%d" % decision.reset_hour))
-            separator = b", " if standing else b""
-            standing += b'%b"hour";r=%d;t=%d' % (separator, decision.remaining_hour, decision.full_hour)
-        fields.append((b"ratelimit", standing))
+    def lines(self, decision: Decision) -> bytes:
+        """The header lines that tell a caller where it stands."""
+        assert self._figures is not None
+        lines = self._form % self._figures(decision)
         if decision.mode != NORMAL:
-            fields.append((b"x-ratelimit-mode", decision.mode.encode()))
-        if len(self.told) >= MOST_REMEMBERED:
-            self.told.clear()
-        self.told[decision] = fields
-        return fields
+            lines += field_lines([(b"x-ratelimit-mode", decision.mode.encode())])
+        return lines
 
     def refusal(self, retry_after: int | None) -> bytes:
         return self._refusal + (b"null}}" if retry_after is None else b"%d}}" % retry_after)

@@ -657,7 +657,9 @@ class RequestCycle:
     def __init__(self, connection: GatewayProtocol, scope: Scope, special: Special | None, body: bytes | None) -> None:
         self._connection = connection
         self.scope = scope
-        self.context = scope[KEY] = RequestContext()  # here, to learn from it how the application names the request
+        # Here, to learn from it how the application names the request, and to note in it what passes.
+        self.context = scope[KEY] = RequestContext()
+        self.context.watched = True
         self.task: asyncio.Task[None]
         self.farewell: Message | None = None  # there is nobody any more to answer
         self._waiters: list[asyncio.Future[None]] = []
@@ -780,11 +782,17 @@ class RequestCycle:
                 more_body = self._more_body
                 if more_body:
                     connection.resume_reading()
+                context = self.context
+                context.received += len(body)
+                if not more_body:
+                    context.request_whole_at = monotonic()
                 return {"type": "http.request", "body": body, "more_body": more_body}
             if self._more_body:
                 connection.wait_for_body()
             await _wait(connection.loop, self._waiters)
-        return dict(self.farewell or GONE)
+        farewell = self.farewell or GONE
+        self.context.lose_client(farewell, monotonic())
+        return dict(farewell)
 
     # The answer
 
@@ -797,15 +805,28 @@ class RequestCycle:
         connection = self._connection
         if connection.writing_paused and self.farewell is None:
             await connection.writable()
-        if self.farewell is not None:
-            return
+        is_gone = self.farewell is not None
         kind = message["type"]
         if kind != self._comes_next:
+            if is_gone:
+                return
             raise RuntimeError(f"{kind} can't come now")
+        context = self.context
         if kind == "http.response.start":
-            self._take_head(message["status"], message.get("headers", ()))
+            context.status = status = message["status"]
+            context.answered_at = context.first_byte_at or monotonic()
+            if not is_gone:
+                headers = message.get("headers", ())
+                self._take_head(status, context.unreplaced(headers) if context.added else headers)
+            self._comes_next = "http.response.body"
         else:
-            self._write_body(message.get("body", b""), message.get("more_body", False))
+            body = message.get("body", b"")
+            more_body = message.get("more_body", False)
+            if not is_gone:
+                self._write_body(body, more_body)
+            context.sent += len(body)
+            if not more_body:
+                context.whole = True
 
     def _take_head(self, status: int, headers: Iterable[Iterable[bytes]]) -> None:
         """Check the head and keep it."""
@@ -836,8 +857,8 @@ class RequestCycle:
             raise RuntimeError("A header of the answer has a line end or a NUL in it")
         if status == 204 or status == 304:
             self._framing = NO_BODY
+        pieces.append(self.context.added)
         self._head = pieces
-        self._comes_next = "http.response.body"
 
     def _write_body(self, body: bytes, more_body: bool) -> None:
         connection = self._connection
