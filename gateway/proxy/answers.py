@@ -1,5 +1,7 @@
 """Reading the heads of HTTP/1.1 answers strictly: what two readers could read differently is refused (RFC 9112)."""
 
+from collections.abc import Callable
+
 from gateway.policies.framing import CONTROLS, DIGITS, TOKEN, MalformedError
 from gateway.proxy.headers import Header, answer_fields
 
@@ -108,16 +110,12 @@ def _length(headers: list[Header], is_1_1: bool) -> int:
 
 # Methods of the dictionaries themselves, so that what is known costs no step of Python's.
 _read_field = _FieldLines().__getitem__
-_read_head = _Heads().__getitem__
+read_head: Callable[[bytes], AnswerHead] = _Heads().__getitem__
+"""Read a whole head, given without the empty line that ended it. The list of fields is not the caller's to change.
 
-
-def read_head(head: bytes) -> AnswerHead:
-    """Read a whole head, given without the empty line that ended it. The list of fields is not to be changed.
-
-    Raises:
-        MalformedError: it is no answer, too large, or two readers could read it differently.
-    """
-    return _read_head(head)
+Raises:
+    MalformedError: it is no answer, too large, or two readers could read it differently.
+"""
 
 
 def refuse_early(head: bytes) -> None:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from starlette.types import Message, Receive, Scope, Send
@@ -79,10 +79,18 @@ class Exchange(Deadline):
     _ends = NEVER  # the earlier of these two
 
     def __init__(
-        self, proxy: "ProxyApp", route: Route, scope: Scope, receive: Receive, send: Send, context: RequestContext
+        self,
+        proxy: "ProxyApp",
+        route: Route,
+        task: asyncio.Task[Any],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        context: RequestContext,
     ) -> None:
         self.proxy = proxy
         self.route = route
+        self._task = task
         self.scope = scope
         self.receive = receive
         self.send = send
@@ -100,23 +108,21 @@ class Exchange(Deadline):
             ConnectionAbortedError: the answer had begun and can't be had whole: the client's connection must be cut.
         """
         now, route, context = self._now, self.route, self.context
-        task = asyncio.current_task(route.loop)  # told which, it need not ask the kernel
-        assert task is not None
-        self._task = task
         route.wheel.add(self)
         error = None
         try:
             self._refuse_unfit()
             self._take_first(await self.receive())
             head = self._head()
-            route.budget.deposit(now())
+            began = now()
+            route.budget.deposit(began)
             while True:
-                place = route.replicas.choose(now(), self._tried)
+                place = route.replicas.choose(began, self._tried)
                 context.replica = place.address
                 context.attempts += 1
                 failure, outcome = None, NEUTRAL
                 try:
-                    wait = await self._attempt(route.pools[place.address], head)
+                    wait = await self._attempt(route.pools[place.address], head, began)
                     outcome = self._outcome
                 except ForwardingError as raised:
                     failure = raised
@@ -136,6 +142,7 @@ class Exchange(Deadline):
                 self._tried += (place.address,)
                 self._expect(Cause.CLIENT_DEADLINE, NEVER)
                 await asyncio.sleep(wait)
+                began = now()
         except ForwardingError as raised:
             error = raised
         except asyncio.CancelledError as cancelled:
@@ -161,7 +168,8 @@ class Exchange(Deadline):
     def _refuse_unfit(self) -> None:
         """What can be told from the head alone, before the body costs anything."""
         length = self._fields.length
-        if length is not None and int(length) > self.route.service.max_body_bytes:
+        limit = self.route.service.max_body_bytes
+        if length is not None and len(length) >= self.route.limit_digits and int(length) > limit:
             raise self._too_large()
         if self._fields.plain:
             return
@@ -215,14 +223,14 @@ class Exchange(Deadline):
 
     # One attempt
 
-    async def _attempt(self, pool: UpstreamPool, head: bytes) -> float | None:
+    async def _attempt(self, pool: UpstreamPool, head: bytes, now: float) -> float | None:
         """Send the request to a replica and stream its answer to the client.
 
         Returns:
             None where the client has its answer; seconds to wait where the service refused and it may be sent again.
         """
         context, send = self.context, self.send
-        connection = self._connection = pool.take_idle(self._now()) or await self._connect(pool)
+        connection = self._connection = pool.take_idle(now) or await self._connect(pool)
         self._dispatch(connection, pool.address, head)
         while not connection.head_complete:
             await connection.progress()

@@ -131,6 +131,7 @@ class Route:
         self.wheel = wheel
         self.loop = wheel.loop
         self.random = random
+        self.limit_digits = len(str(service.max_body_bytes))  # a body's length of fewer is none too large
         self.replicas = Replicas(service.replicas, random)
         self.budget = RetryBudget()
         self.tls = tls_context(service.ca_file) if any(url.startswith("https:") for url in service.replicas) else None
