@@ -16,13 +16,12 @@ from gateway.policies.retry import may_resend
 from gateway.policies.services import Address
 from gateway.problems import ForwardingError, answer, error_body
 from gateway.proxy.headers import Header, RequestFields
-from gateway.proxy.route import Route, UpstreamConnection, UpstreamPool
+from gateway.proxy.route import LISTEN_AFTER, Route, UpstreamConnection, UpstreamPool
 from gateway.proxy.timers import Deadline
 
 if TYPE_CHECKING:
     from gateway.proxy.app import ProxyApp
 
-LISTEN_AFTER = 0.05  # seconds: only a request that takes longer is worth a task that watches its client
 LOOK_AGAIN = 60.0  # seconds, at the latest
 REPLAY_BYTES = 64 * 1024  # of a request's body, kept in case it is sent again (RESILIENCE.md, 3)
 TAIL_BYTES = 4096  # of a stream of events: enough to see in its last one whether it says that the stream failed
@@ -66,7 +65,6 @@ class Exchange(Deadline):
     _uploaded = False  # the whole body came and was passed on
     _kept: list[bytes] | None = None  # a streamed body so far, while it may have to be sent again
     _kept_bytes = 0
-    _tried: tuple[str, ...] = ()  # replicas
     _outcome = NEUTRAL  # of the last attempt that had an answer
     _streamed = False  # the body went to a replica as it came
     _over = False  # the client has its answer, or is told why not
@@ -97,8 +95,8 @@ class Exchange(Deadline):
         self.context = context
         self._now = route.loop.time
         now = self._now()
-        self._phase_ends = ends = now + route.service.timeouts.client
-        self.due = min(ends, now + LISTEN_AFTER)
+        self._phase_ends = now + route.service.timeouts.client
+        self.due = now + route.look_after
         self._fields = RequestFields(scope["headers"])
 
     async def run(self) -> None:
@@ -116,8 +114,9 @@ class Exchange(Deadline):
             head = self._head()
             began = now()
             route.budget.deposit(began)
+            tried: tuple[str, ...] = ()
             while True:
-                place = route.replicas.choose(began, self._tried)
+                place = route.replicas.choose(began, tried)
                 context.replica = place.address
                 context.attempts += 1
                 failure, outcome = None, NEUTRAL
@@ -139,7 +138,7 @@ class Exchange(Deadline):
                         raise failure
                 elif wait is None:
                     break
-                self._tried += (place.address,)
+                tried += (place.address,)
                 self._expect(Cause.CLIENT_DEADLINE, NEVER)
                 await asyncio.sleep(wait)
                 began = now()
@@ -239,7 +238,7 @@ class Exchange(Deadline):
             raise connection.error
 
         status = connection.status
-        failed = is_failure(status)
+        failed = status >= 500 and is_failure(status)
         self._outcome = FAILURE if failed else SUCCESS
         if failed or status == 429:
             wait = self._wait_to_resend(refusal=connection)
@@ -253,8 +252,8 @@ class Exchange(Deadline):
             headers = [header for header in headers if header[0] != b"content-length"]  # uvicorn would wait for a body
         if data:
             context.first_byte_at = monotonic()
-        if not complete or connection.content_length is None:
-            self._begin_stream(connection)
+        known_whole = complete and connection.content_length is not None
+        events = False if known_whole else self._begin_stream(connection)
         if complete:
             self._give_back(pool)
         context.status = status
@@ -262,7 +261,7 @@ class Exchange(Deadline):
         await send({"type": "http.response.start", "status": status, "headers": headers})
         while True:
             context.bytes_out += len(data)
-            if self._streams_events:
+            if events:
                 self._tail = (self._tail + data)[-TAIL_BYTES:]
             await send({"type": "http.response.body", "body": data, "more_body": not complete})
             if complete:
@@ -277,7 +276,7 @@ class Exchange(Deadline):
                 self._give_back(pool)
             self._expect(CLIENT_TOO_SLOW, self.route.service.timeouts.client)
         context.cause = COMPLETED
-        if self._streams_events and ends_in_error(self._tail):
+        if events and ends_in_error(self._tail):
             context.cause, self._outcome = Cause.ERROR_EVENT, FAILURE
         return None
 
@@ -298,7 +297,7 @@ class Exchange(Deadline):
         if scope.get("query_string"):
             target += b"?" + scope["query_string"]
         host = fields.host if service.preserve_host and fields.host else address.authority
-        if self._allowed_until is not NEVER:
+        if not fields.plain and self._allowed_until is not NEVER:
             head += b"x-request-timeout-ms: %d\r\n" % max(1, int((self._allowed_until - self._now()) * 1000))
         if self.context.attempts > 1:
             head += b"x-gateway-attempt: %d\r\n" % self.context.attempts
@@ -352,14 +351,15 @@ class Exchange(Deadline):
         )
         return wait if wait is not None and self.route.budget.take(now) else None
 
-    def _begin_stream(self, connection: UpstreamConnection) -> None:
-        """An answer that is not known whole from its head: bound the time of it, and see of what kind it is."""
+    def _begin_stream(self, connection: UpstreamConnection) -> bool:
+        """Bound the time of an answer that is not known whole from its head; whether it is a stream of events."""
         timeouts = self.route.service.timeouts
         unbounded = connection.content_length is None
         self._streams_events = unbounded and is_event_stream(connection.headers)
         self._answer_ends = self._now() + (timeouts.stream if unbounded else timeouts.answer)
         self._ends = min(self._answer_ends, self._allowed_until)
         self._expect(CLIENT_TOO_SLOW, timeouts.client)
+        return self._streams_events
 
     def _give_back(self, pool: UpstreamPool) -> None:
         """The answer has come whole: another request may have the connection while the client still reads."""
