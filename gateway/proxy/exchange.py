@@ -252,12 +252,14 @@ class Exchange(Deadline):
             headers = [header for header in headers if header[0] != b"content-length"]  # uvicorn would wait for a body
         if data:
             context.first_byte_at = monotonic()
-        known_whole = complete and connection.content_length is not None
-        events = False if known_whole else self._begin_stream(connection)
+        events = False
+        if not complete or connection.content_length is None:  # else it is known whole from its head
+            events = self._begin_stream(connection)
         if complete:
             self._give_back(pool)
         context.status = status
         self._started = True
+        self._phase = CLIENT_TOO_SLOW  # what takes time now, where the answer is known whole
         await send({"type": "http.response.start", "status": status, "headers": headers})
         while True:
             context.bytes_out += len(data)

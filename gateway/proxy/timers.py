@@ -43,8 +43,11 @@ class TimerWheel:
     def add(self, deadline: Deadline) -> None:
         """Watch a deadline until it fires or is removed."""
         tick = int(deadline.due / TICK) + 1
-        slot = deadline._slot = self._slots.get(tick) or self._open(tick)
+        slot = self._slots.get(tick)
+        if slot is None:
+            slot = self._open(tick)
         slot.add(deadline)
+        deadline._slot = slot
 
     def remove(self, deadline: Deadline) -> None:
         """Stop watching; nothing happens where it has fired or was never added."""
@@ -67,13 +70,11 @@ class TimerWheel:
         self._ticks.clear()
 
     def _open(self, tick: int) -> set[Deadline]:
-        """The slot of a tick in which nothing is due so far."""
-        slot = self._slots.get(tick)
-        if slot is None:
-            slot = self._slots[tick] = set()
-            heappush(self._ticks, tick)
-            if self._timer is None or tick < self._timer_tick:
-                self._arm(tick)
+        """A slot for a tick that had none."""
+        slot = self._slots[tick] = set()
+        heappush(self._ticks, tick)
+        if self._timer is None or tick < self._timer_tick:
+            self._arm(tick)
         return slot
 
     def _arm(self, tick: int) -> None:
