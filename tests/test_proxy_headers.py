@@ -12,6 +12,7 @@ from gateway.proxy.headers import (
     _shapes,
     answer_fields,
     forwarding_fields,
+    joined,
 )
 
 Headers = list[tuple[bytes, bytes]]
@@ -55,7 +56,7 @@ def test_what_of_a_request_crosses_as_it_is(headers: Headers, expected: Headers)
     ],
 )
 def test_what_of_an_answer_reaches_the_client(headers: Headers, expected: Headers) -> None:
-    assert answer_fields(headers) == expected
+    assert answer_fields(headers, joined(headers)) == expected
 
 
 def forwarded(
