@@ -59,7 +59,7 @@ def _status_line(line: bytes) -> tuple[tuple[int, bool], bool]:
         or status.translate(None, DIGITS)
         or status < b"100"
         or line[12:13] not in (b" ", b"")  # some send no reason at all
-        or len(line.translate(None, CONTROLS)) != len(line)
+        or line.translate(None, CONTROLS) != line
     ):
         raise MalformedError("answer is not valid HTTP/1.1")
     return (int(status), version == b"HTTP/1.1"), True
@@ -75,7 +75,7 @@ def _field_line(line: bytes) -> tuple[Header, bool]:
     raw_name, colon, value = line.partition(b":")
     if not colon:
         raise MalformedError("answer has a malformed header field")
-    if len(line.translate(None, CONTROLS)) != len(line):
+    if line.translate(None, CONTROLS) != line:
         raise MalformedError("answer has a control byte in a header field")
     name = read_name(raw_name)
     return (name, value.strip()), name in OFTEN_THE_SAME
