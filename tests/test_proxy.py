@@ -16,6 +16,7 @@ from gateway.policies.services import Service as Target
 from gateway.policies.services import Timeouts
 from gateway.proxy.app import ProxyApp
 from gateway.proxy.http1 import Http1Connection
+from tests.asgi_call import http
 from tests.wire import (
     OK,
     Answer,
@@ -643,6 +644,29 @@ async def test_a_slow_reader_is_charged_to_itself_and_the_service_waits_meanwhil
         assert sent < 32 * 1024 * 1024, "only the kernel's buffers fill"
         await gw.settle()
         writer.transport.abort()
+
+
+async def test_a_client_that_is_slow_over_a_whole_answer_is_charged_to_itself_as_well() -> None:
+    async with service() as upstream:
+        target = Target(
+            name="api", prefix="/api", replicas=(upstream.url,), timeouts=Timeouts(client=0.1, first_byte=0.1)
+        )
+        context = RequestContext()
+        opening: Message = {"type": "http.request", "body": b"", "more_body": False}
+
+        async def receive() -> Message:
+            nonlocal opening
+            message, opening = opening, {}
+            if not message:
+                await asyncio.Event().wait()
+            return message
+
+        async def send(message: Message) -> None:
+            await asyncio.Event().wait()
+
+        with pytest.raises(ConnectionAbortedError):
+            await ProxyApp([target])(http("/api", gateway=context), receive, send)
+        assert context.cause is Cause.CLIENT_TOO_SLOW
 
 
 @with_either_client

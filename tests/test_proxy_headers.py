@@ -1,8 +1,19 @@
 """Which fields cross the gateway, as a table."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gateway.proxy.headers import RequestFields, answer_fields, forwarding_fields
+from gateway.proxy.headers import (
+    NOT_COPIED,
+    REMEMBERED,
+    RequestFields,
+    _first_forwarding,
+    _shapes,
+    answer_fields,
+    forwarding_fields,
+    joined,
+)
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -46,7 +57,7 @@ def test_what_of_a_request_crosses_as_it_is(headers: Headers, expected: Headers)
     ],
 )
 def test_what_of_an_answer_reaches_the_client(headers: Headers, expected: Headers) -> None:
-    assert answer_fields(headers) == expected
+    assert answer_fields(headers, joined(headers)) == expected
 
 
 def forwarded(
@@ -110,3 +121,33 @@ def test_an_idempotency_key_is_seen_only_as_a_field() -> None:
     assert RequestFields([(b"idempotency-key", b"1")]).keyed
     assert RequestFields([(b"a", b"b"), (b"idempotency-key", b"1")]).keyed
     assert not RequestFields([(b"a", b"idempotency-key: 1")]).keyed
+
+
+NAMES = st.sampled_from([b"accept", b"x-a", b"%b", b"x%", b"host", b"te", b"via", b"content-length", b"x-own"])
+
+
+@given(st.lists(st.tuples(NAMES, st.binary(max_size=5)), max_size=6))
+def test_fields_cross_in_their_order_whatever_their_names_and_values(headers: Headers) -> None:
+    fields = RequestFields(headers)
+    crossing = [b"%b: %b\r\n" % header for header in headers if header[0] not in NOT_COPIED]
+    assert fields.kept == b"".join(crossing)
+    for name, value in ((b"host", fields.host or None), (b"content-length", fields.length)):
+        lines = [value for other, value in headers if other == name]
+        assert (value or b"") == b", ".join(lines)
+    for trusted in (True, False):
+        block = fields.block("203.0.113.9", lambda peer: trusted, b"http", b"gw")  # noqa: B023
+        told = forwarding_fields(fields, peer=b"203.0.113.9", trusted=trusted, scheme=b"http", via=b"gw")
+        assert block == fields.kept + told
+
+
+def test_what_is_remembered_of_requests_is_bounded_and_holds_no_value_but_hosts_of_some_length() -> None:
+    for number in range(2 * REMEMBERED):
+        for host in (b"h%d" % number, b"long" * 300):
+            headers = [(b"host", host), (b"x-%d" % number, b""), (b"authorization", b"secret")]
+            RequestFields(headers).block("192.0.2.1", bool, b"http", b"gw")
+            RequestFields([*headers, (b"x-" + b"long" * 300, b"")])
+    assert 0 < len(_shapes) <= REMEMBERED
+    assert not any(b"long" in name for names in _shapes for name in names)
+    kept = [getattr(shape, name) for shape in _shapes.values() for name in shape.__slots__]
+    assert "secret" not in repr(kept)
+    assert _first_forwarding.cache_info().currsize <= REMEMBERED

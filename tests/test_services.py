@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.policies.services import Service, ServiceTable, UnsafePathError
+from gateway.policies.services import REMEMBERED, Service, ServiceTable, UnsafePathError
 
 TABLE = ServiceTable(
     Service(name=name, prefix=prefix, replicas=("http://x:1",))
@@ -88,3 +88,15 @@ def test_a_service_at_the_root_takes_everything_left_over() -> None:
         "rest",
         "chat",
     ]
+
+
+def test_what_is_remembered_of_paths_is_bounded_and_a_refusal_stays_one() -> None:
+    for number in range(2 * REMEMBERED):
+        assert service_for(b"/api/v1/chat/%d" % number) == service_for(b"/api/v1/chat/%d" % number) == "chat"
+        assert service_for(b"/api/v1/chat/%d" % number + b"x" * 300) == "chat"
+        assert service_for(b"/nowhere/%d" % number) is None
+    assert 0 < len(TABLE._matched) <= REMEMBERED
+    assert max(map(len, TABLE._matched)) < 300
+    for _ in range(2):
+        with pytest.raises(UnsafePathError):
+            service_for(b"/api/v1/chat/../search")

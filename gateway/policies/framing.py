@@ -73,9 +73,9 @@ class ChunkedBody:
             raise MalformedError("body has a control character in its framing")
         if self._reading == _SIZE:
             self._overhead -= min(len(line) + 2, ALLOWED_PER_CHUNK)
-            size = line.partition(b";")[0]
-            if not 0 < len(size) <= 15 or size.translate(None, HEX_DIGITS):
-                raise MalformedError("body has a chunk with a malformed size")
+            size = _size(line)
+            if not size:
+                raise MalformedError("body has a chunk without a size")
             self._remaining = int(size, 16)
             self._reading = _CHUNK if self._remaining else _TRAILERS
         else:
@@ -92,6 +92,16 @@ class ChunkedBody:
             raise MalformedError("body has too much framing")
         if line and (self._reading == _CHUNK_END or len(line.translate(None, CONTROLS)) != len(line)):
             raise MalformedError("body has malformed framing")
+        if self._reading == _SIZE:
+            _size(line)
+
+
+def _size(line: bytes) -> bytes:
+    """The size of a chunk, in hexadecimal digits, by the line before it or the beginning of that line."""
+    size = line.partition(b";")[0]
+    if len(size) > 15 or size.translate(None, HEX_DIGITS):
+        raise MalformedError("body has a chunk with a malformed size")
+    return size
 
 
 _SIZE, _CHUNK, _CHUNK_END, _TRAILERS = range(4)

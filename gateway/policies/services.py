@@ -8,6 +8,9 @@ ADDRESS_FORM = "http(s)://host[:port][/path] or unix:/socket[:/path]"
 LONGEST_SOCKET = 107  # bytes of a unix socket's path (unix(7): 108 with the NUL that ends it)
 BACKSLASH, PERCENT = b"\\%"  # a search for a byte by its number is many times faster than by a string of one
 
+REMEMBERED = 1024  # paths, of at most so many bytes each
+REMEMBERED_BYTES = 128
+
 
 class UnsafePathError(ValueError):
     """A path that two parsers could read differently, or that would leave its prefix. Says why in plain words."""
@@ -121,6 +124,7 @@ class ServiceTable:
         self.services = tuple(services)
         self._by_prefix = {service.prefix.encode().rstrip(b"/"): service for service in self.services}
         self._depths = sorted({prefix.count(b"/") for prefix in self._by_prefix}, reverse=True)
+        self._matched: dict[bytes, Service] = {}  # what paths lead to; strangers can't fill memory with it
 
     def match(self, raw_path: bytes) -> Service | None:
         """The service that ``raw_path`` (as on the request line, without the query) leads to.
@@ -128,6 +132,9 @@ class ServiceTable:
         Raises:
             UnsafePathError: it may not be passed on, whatever it leads to.
         """
+        matched = self._matched.get(raw_path)
+        if matched is not None:
+            return matched
         if BACKSLASH in raw_path or 0 in raw_path:
             raise UnsafePathError("The path has a backslash or a NUL in it")
         for depth in self._depths:
@@ -136,6 +143,10 @@ class ServiceTable:
                 rest = raw_path[len(prefix) :]
                 if PERCENT in rest or rest.find(b"/.") >= 0:
                     _refuse_leaving(rest)
+                if len(raw_path) <= REMEMBERED_BYTES:
+                    if len(self._matched) >= REMEMBERED:
+                        self._matched.clear()
+                    self._matched[raw_path] = service
                 return service
         return None
 

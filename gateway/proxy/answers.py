@@ -1,14 +1,17 @@
 """Reading the heads of HTTP/1.1 answers strictly: what two readers could read differently is refused (RFC 9112)."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from gateway.policies.framing import CONTROLS, DIGITS, TOKEN, MalformedError
-from gateway.proxy.headers import Header, answer_fields
+from gateway.proxy.headers import Header, answer_fields, joined
 
 MAX_HEAD_BYTES = 64 * 1024  # EDGE.md, 36
 MAX_FIELDS = 100
 CHUNKED = -1  # in place of a body's length
 UNTIL_CLOSE = -2
 
-REMEMBERED = 512  # heads and lines of at most so many bytes each
+REMEMBERED = 512  # of each kind, of at most so many bytes each
 REMEMBERED_HEAD_BYTES = 1024
 REMEMBERED_LINE_BYTES = 128
 # Fields that most answers have, that say much the same in each, and that hold no secret.
@@ -24,58 +27,30 @@ AnswerHead = tuple[int, list[Header], int, bool]
 """Of an answer: its status; the fields that cross, names in lower case; the length of its body, or ``CHUNKED``, or
 ``UNTIL_CLOSE``; whether the connection goes on after it."""
 
+T = TypeVar("T")
 
-class _FieldLines(dict[bytes, Header]):
-    """Field lines, read: those that come with every answer are read once, and then looked up.
 
-    A service can't fill memory with them: all are forgotten when there are too many.
+class _Memory(dict[bytes, T]):
+    """What ``read`` makes of bytes, which is done once where it says that they may be remembered.
+
+    A service can't fill memory with them: long ones are not kept, and all are forgotten when there are too many.
     """
 
-    def __missing__(self, line: bytes) -> Header:
-        raw_name, colon, value = line.partition(b":")
-        if not colon or not raw_name or raw_name.translate(None, TOKEN):  # spaces too, before the name or the colon
-            raise MalformedError("answer has a malformed header field")
-        if len(line.translate(None, CONTROLS)) != len(line):
-            raise MalformedError("answer has a control byte in a header field")
-        field = (raw_name.lower(), value.strip())
-        if field[0] in OFTEN_THE_SAME and len(line) <= REMEMBERED_LINE_BYTES:
+    def __init__(self, read: Callable[[bytes], tuple[T, bool]], longest: int) -> None:
+        super().__init__()
+        self.read = read
+        self.longest = longest
+
+    def __missing__(self, data: bytes) -> T:
+        made, may_be_kept = self.read(data)
+        if may_be_kept and len(data) <= self.longest:
             if len(self) >= REMEMBERED:
                 self.clear()
-            self[line] = field
-        return field
+            self[data] = made
+        return made
 
 
-class _Heads(dict[bytes, AnswerHead]):
-    """Whole heads, read, in the same way: a busy service sends one again before its clock has moved on by a second."""
-
-    def __missing__(self, head: bytes) -> AnswerHead:
-        if len(head) > MAX_HEAD_BYTES:
-            raise _too_large()
-        lines = head.split(b"\r\n")
-        if len(lines) > MAX_FIELDS + 1:
-            raise MalformedError("answer has too many header fields")
-        status, is_1_1 = _read_status_line(lines[0])
-        del lines[0]
-        headers = list(map(_read_field, lines))
-        names = {name for name, _ in headers}
-        length = (
-            _length(headers, is_1_1) if b"content-length" in names or b"transfer-encoding" in names else UNTIL_CLOSE
-        )
-        goes_on = is_1_1
-        if b"connection" in names:
-            values = b",".join([value for name, value in headers if name == b"connection"])
-            options = [option.strip() for option in values.lower().split(b",")]
-            goes_on = b"close" not in options and (is_1_1 or b"keep-alive" in options)
-        read = (status, answer_fields(headers), length, goes_on)
-        if len(head) <= REMEMBERED_HEAD_BYTES and names <= OFTEN_THE_SAME:
-            if len(self) >= REMEMBERED:
-                self.clear()
-            self[head] = read
-        return read
-
-
-def _read_status_line(line: bytes) -> tuple[int, bool]:
-    """The status, and whether the version is 1.1."""
+def _status_line(line: bytes) -> tuple[tuple[int, bool], bool]:
     version, status = line[:8], line[9:12]
     if (
         version not in HTTP_1
@@ -84,40 +59,79 @@ def _read_status_line(line: bytes) -> tuple[int, bool]:
         or status.translate(None, DIGITS)
         or status < b"100"
         or line[12:13] not in (b" ", b"")  # some send no reason at all
-        or len(line.translate(None, CONTROLS)) != len(line)
+        or line.translate(None, CONTROLS) != line
     ):
         raise MalformedError("answer is not valid HTTP/1.1")
-    return int(status), version == b"HTTP/1.1"
+    return (int(status), version == b"HTTP/1.1"), True
 
 
-def _length(headers: list[Header], is_1_1: bool) -> int:
-    """How the body ends; what two readers could take differently is refused (RFC 9112 6.3; EDGE.md, 53)."""
-    lengths = [value for name, value in headers if name == b"content-length"]
-    codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
-    if codings:
-        if codings != [b"chunked"] or lengths:
+def _name(raw: bytes) -> tuple[bytes, bool]:
+    if not raw or raw.translate(None, TOKEN):  # spaces too, before the name or the colon
+        raise MalformedError("answer has a malformed header field")
+    return raw.lower(), True
+
+
+def _field_line(line: bytes) -> tuple[Header, bool]:
+    raw_name, colon, value = line.partition(b":")
+    if not colon:
+        raise MalformedError("answer has a malformed header field")
+    if line.translate(None, CONTROLS) != line:
+        raise MalformedError("answer has a control byte in a header field")
+    name = read_name(raw_name)
+    return (name, value.strip()), name in OFTEN_THE_SAME
+
+
+def _connection(value: bytes) -> tuple[frozenset[bytes], bool]:
+    return frozenset(option.strip() for option in value.lower().split(b",")), True
+
+
+def _head(head: bytes) -> tuple[AnswerHead, bool]:
+    if len(head) > MAX_HEAD_BYTES:
+        raise _too_large()
+    lines = head.split(b"\r\n")
+    if len(lines) > MAX_FIELDS + 1:
+        raise _too_many_fields()
+    status, is_1_1 = read_status_line(lines[0])
+    del lines[0]
+    headers = list(map(read_field_line, lines))
+    by_name = dict(headers)
+    if len(by_name) < len(headers):
+        by_name = joined(headers)
+
+    # How the body ends (RFC 9112 6.3; EDGE.md, 53). Two lengths are joined by now, and so no number.
+    length = UNTIL_CLOSE
+    if b"transfer-encoding" in by_name:
+        if by_name[b"transfer-encoding"].lower() != b"chunked" or b"content-length" in by_name:
             raise MalformedError("answer is framed in a way that is ambiguous or unknown")
         if not is_1_1:
             raise MalformedError("answer has chunks in HTTP/1.0")
-        return CHUNKED
-    length = lengths[0]
-    if len(lengths) > 1 or not length.isdigit() or len(length) > 18:
-        raise MalformedError("answer has more than one length, or none that is a number")
-    return int(length)
+        length = CHUNKED
+    elif b"content-length" in by_name:
+        digits = by_name[b"content-length"]
+        if not digits.isdigit() or len(digits) > 18:
+            raise MalformedError("answer has more than one length, or none that is a number")
+        length = int(digits)
+
+    goes_on = is_1_1
+    if b"connection" in by_name:
+        options = read_connection(by_name[b"connection"])
+        goes_on = b"close" not in options and (is_1_1 or b"keep-alive" in options)
+    return (status, answer_fields(headers, by_name), length, goes_on), OFTEN_THE_SAME.issuperset(by_name)
 
 
 # Methods of the dictionaries themselves, so that what is known costs no step of Python's.
-_read_field = _FieldLines().__getitem__
-_read_head = _Heads().__getitem__
+read_status_line = _Memory(_status_line, REMEMBERED_LINE_BYTES).__getitem__
+read_name = _Memory(_name, REMEMBERED_LINE_BYTES).__getitem__
+read_field_line = _Memory(_field_line, REMEMBERED_LINE_BYTES).__getitem__
+read_connection = _Memory(_connection, REMEMBERED_LINE_BYTES).__getitem__
+read_head = _Memory(_head, REMEMBERED_HEAD_BYTES).__getitem__
+"""Read a whole head, given without the empty line that ended it. The list of fields is not the caller's to change.
 
+A busy service sends the same one again until its clock has moved on by a second.
 
-def read_head(head: bytes) -> AnswerHead:
-    """Read a whole head, given without the empty line that ended it. The list of fields is not to be changed.
-
-    Raises:
-        MalformedError: it is no answer, too large, or two readers could read it differently.
-    """
-    return _read_head(head)
+Raises:
+    MalformedError: it is no answer, too large, or two readers could read it differently.
+"""
 
 
 def refuse_early(head: bytes) -> None:
@@ -130,13 +144,21 @@ def refuse_early(head: bytes) -> None:
         raise MalformedError("answer is not valid HTTP/1.1")
     if len(head) > MAX_HEAD_BYTES:
         raise _too_large()
+    *lines, _ = head.split(b"\r\n")
+    if len(lines) > MAX_FIELDS + 1:
+        raise _too_many_fields()
     complete = head[:-1] if head.endswith(b"\r") else head
-    ends = complete.count(b"\r\n")
-    if ends > MAX_FIELDS + 1:
-        raise MalformedError("answer has too many header fields")
-    if len(complete) - len(complete.translate(None, CONTROLS)) != 2 * ends:
-        raise MalformedError("answer has a control byte in a header field")
+    if len(complete) - len(complete.translate(None, CONTROLS)) != 2 * len(lines):
+        raise MalformedError("answer has a control byte in its head")
+    if lines:
+        read_status_line(lines[0])
+        for line in lines[1:]:
+            read_field_line(line)
 
 
 def _too_large() -> MalformedError:
     return MalformedError("answer has too large a head")
+
+
+def _too_many_fields() -> MalformedError:
+    return MalformedError("answer has too many header fields")

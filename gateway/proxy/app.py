@@ -1,15 +1,16 @@
 """ProxyApp: the end of the stack, which forwards each request to its service and streams the answer back."""
 
+import asyncio
 import random
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2s
-from typing import TYPE_CHECKING
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from starlette.types import Receive, Scope, Send
 
 from gateway.context import Cause, RequestContext
-from gateway.event_loop import SettledLoop
 from gateway.policies.callers import TrustedProxies
 from gateway.policies.services import Service, ServiceTable, UnsafePathError
 from gateway.problems import ForwardingError, answer
@@ -62,7 +63,8 @@ class ProxyApp:
         # The same for all workers and pods of one configuration, another for a gateway before or behind this one.
         digest = blake2s(repr(self.services.services).encode(), digest_size=4).hexdigest()
         self.via = b"ai-gateway-" + digest.encode()
-        self._settled: SettledLoop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # where all the following is at home
+        self._thread = 0  # in which that loop runs
         self._wheel: TimerWheel | None = None
         self._random = random
         self._routes: dict[str, Route] = {}
@@ -78,9 +80,13 @@ class ProxyApp:
         if context.service is None and not await self._find_service(scope, send, context):
             return
         assert context.service is not None
-        route = self._route(context.service)
+        # There is one where our connections are at home. The loop is named, lest the kernel be asked for it.
+        task = asyncio.current_task(self._loop) if get_ident() == self._thread else None
+        if task is None:
+            task = self._settle()
+        route = self._routes.get(context.service.name) or self._add_route(context.service)
         if kind == "http":
-            await Exchange(self, route, scope, receive, send, context).run()
+            await Exchange(self, route, task, scope, receive, send, context).run()
         else:
             from gateway.proxy.websocket import relay  # loads `websockets`, which few embedders need
 
@@ -123,24 +129,28 @@ class ProxyApp:
         self._routes.clear()
         if self._wheel is not None:
             self._wheel.close()
-        self._settled = self._wheel = None
+        self._wheel, self._thread = None, 0
 
-    def _route(self, service: Service) -> Route:
-        if self._settled is None or not self._settled.is_here():  # connections belong to a loop: all starts afresh
-            self._settled = SettledLoop()
-            self._wheel = TimerWheel(self._settled.loop)
-            self._routes.clear()
-        route = self._routes.get(service.name)
-        if route is None:
-            assert self._wheel is not None
-            route = Route(
-                service,
-                wheel=self._wheel,
-                max_connections=self.max_connections,
-                random=self._random,
-                upstream=self.upstreams.get(service.name),
-            )
-            self._routes[service.name] = route
+    def _settle(self) -> "asyncio.Task[Any]":
+        """Start afresh in the loop that runs here: connections belong to one. The task that asks is given back."""
+        loop = asyncio.get_running_loop()
+        self._loop, self._thread = loop, get_ident()
+        self._wheel = TimerWheel(loop)
+        self._routes.clear()
+        task = asyncio.current_task(loop)
+        assert task is not None
+        return task
+
+    def _add_route(self, service: Service) -> Route:
+        assert self._wheel is not None
+        route = Route(
+            service,
+            wheel=self._wheel,
+            max_connections=self.max_connections,
+            random=self._random,
+            upstream=self.upstreams.get(service.name),
+        )
+        self._routes[service.name] = route
         return route
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from starlette.types import Message, Receive, Scope, Send
@@ -16,13 +16,12 @@ from gateway.policies.retry import may_resend
 from gateway.policies.services import Address
 from gateway.problems import ForwardingError, answer, error_body
 from gateway.proxy.headers import Header, RequestFields
-from gateway.proxy.route import Route, UpstreamConnection, UpstreamPool
+from gateway.proxy.route import LISTEN_AFTER, Route, UpstreamConnection, UpstreamPool
 from gateway.proxy.timers import Deadline
 
 if TYPE_CHECKING:
     from gateway.proxy.app import ProxyApp
 
-LISTEN_AFTER = 0.05  # seconds: only a request that takes longer is worth a task that watches its client
 LOOK_AGAIN = 60.0  # seconds, at the latest
 REPLAY_BYTES = 64 * 1024  # of a request's body, kept in case it is sent again (RESILIENCE.md, 3)
 TAIL_BYTES = 4096  # of a stream of events: enough to see in its last one whether it says that the stream failed
@@ -66,7 +65,6 @@ class Exchange(Deadline):
     _uploaded = False  # the whole body came and was passed on
     _kept: list[bytes] | None = None  # a streamed body so far, while it may have to be sent again
     _kept_bytes = 0
-    _tried: tuple[str, ...] = ()  # replicas
     _outcome = NEUTRAL  # of the last attempt that had an answer
     _streamed = False  # the body went to a replica as it came
     _over = False  # the client has its answer, or is told why not
@@ -79,18 +77,26 @@ class Exchange(Deadline):
     _ends = NEVER  # the earlier of these two
 
     def __init__(
-        self, proxy: "ProxyApp", route: Route, scope: Scope, receive: Receive, send: Send, context: RequestContext
+        self,
+        proxy: "ProxyApp",
+        route: Route,
+        task: asyncio.Task[Any],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        context: RequestContext,
     ) -> None:
         self.proxy = proxy
         self.route = route
+        self._task = task
         self.scope = scope
         self.receive = receive
         self.send = send
         self.context = context
         self._now = route.loop.time
         now = self._now()
-        self._phase_ends = ends = now + route.service.timeouts.client
-        self.due = min(ends, now + LISTEN_AFTER)
+        self._phase_ends = now + route.service.timeouts.client
+        self.due = now + route.look_after
         self._fields = RequestFields(scope["headers"])
 
     async def run(self) -> None:
@@ -100,23 +106,22 @@ class Exchange(Deadline):
             ConnectionAbortedError: the answer had begun and can't be had whole: the client's connection must be cut.
         """
         now, route, context = self._now, self.route, self.context
-        task = asyncio.current_task(route.loop)  # told which, it need not ask the kernel
-        assert task is not None
-        self._task = task
         route.wheel.add(self)
         error = None
         try:
             self._refuse_unfit()
             self._take_first(await self.receive())
             head = self._head()
-            route.budget.deposit(now())
+            began = now()
+            route.budget.deposit(began)
+            tried: tuple[str, ...] = ()
             while True:
-                place = route.replicas.choose(now(), self._tried)
+                place = route.replicas.choose(began, tried)
                 context.replica = place.address
                 context.attempts += 1
                 failure, outcome = None, NEUTRAL
                 try:
-                    wait = await self._attempt(route.pools[place.address], head)
+                    wait = await self._attempt(route.pools[place.address], head, began)
                     outcome = self._outcome
                 except ForwardingError as raised:
                     failure = raised
@@ -133,9 +138,10 @@ class Exchange(Deadline):
                         raise failure
                 elif wait is None:
                     break
-                self._tried += (place.address,)
+                tried += (place.address,)
                 self._expect(Cause.CLIENT_DEADLINE, NEVER)
                 await asyncio.sleep(wait)
+                began = now()
         except ForwardingError as raised:
             error = raised
         except asyncio.CancelledError as cancelled:
@@ -161,7 +167,8 @@ class Exchange(Deadline):
     def _refuse_unfit(self) -> None:
         """What can be told from the head alone, before the body costs anything."""
         length = self._fields.length
-        if length is not None and int(length) > self.route.service.max_body_bytes:
+        limit = self.route.service.max_body_bytes
+        if length is not None and len(length) >= self.route.limit_digits and int(length) > limit:
             raise self._too_large()
         if self._fields.plain:
             return
@@ -215,14 +222,14 @@ class Exchange(Deadline):
 
     # One attempt
 
-    async def _attempt(self, pool: UpstreamPool, head: bytes) -> float | None:
+    async def _attempt(self, pool: UpstreamPool, head: bytes, now: float) -> float | None:
         """Send the request to a replica and stream its answer to the client.
 
         Returns:
             None where the client has its answer; seconds to wait where the service refused and it may be sent again.
         """
         context, send = self.context, self.send
-        connection = self._connection = pool.take_idle(self._now()) or await self._connect(pool)
+        connection = self._connection = pool.take_idle(now) or await self._connect(pool)
         self._dispatch(connection, pool.address, head)
         while not connection.head_complete:
             await connection.progress()
@@ -231,7 +238,7 @@ class Exchange(Deadline):
             raise connection.error
 
         status = connection.status
-        failed = is_failure(status)
+        failed = status >= 500 and is_failure(status)
         self._outcome = FAILURE if failed else SUCCESS
         if failed or status == 429:
             wait = self._wait_to_resend(refusal=connection)
@@ -245,16 +252,18 @@ class Exchange(Deadline):
             headers = [header for header in headers if header[0] != b"content-length"]  # uvicorn would wait for a body
         if data:
             context.first_byte_at = monotonic()
-        if not complete or connection.content_length is None:
-            self._begin_stream(connection)
+        events = False
+        if not complete or connection.content_length is None:  # else it is known whole from its head
+            events = self._begin_stream(connection)
         if complete:
             self._give_back(pool)
         context.status = status
         self._started = True
+        self._phase = CLIENT_TOO_SLOW  # what takes time now, where the answer is known whole
         await send({"type": "http.response.start", "status": status, "headers": headers})
         while True:
             context.bytes_out += len(data)
-            if self._streams_events:
+            if events:
                 self._tail = (self._tail + data)[-TAIL_BYTES:]
             await send({"type": "http.response.body", "body": data, "more_body": not complete})
             if complete:
@@ -269,7 +278,7 @@ class Exchange(Deadline):
                 self._give_back(pool)
             self._expect(CLIENT_TOO_SLOW, self.route.service.timeouts.client)
         context.cause = COMPLETED
-        if self._streams_events and ends_in_error(self._tail):
+        if events and ends_in_error(self._tail):
             context.cause, self._outcome = Cause.ERROR_EVENT, FAILURE
         return None
 
@@ -290,7 +299,7 @@ class Exchange(Deadline):
         if scope.get("query_string"):
             target += b"?" + scope["query_string"]
         host = fields.host if service.preserve_host and fields.host else address.authority
-        if self._allowed_until is not NEVER:
+        if not fields.plain and self._allowed_until is not NEVER:
             head += b"x-request-timeout-ms: %d\r\n" % max(1, int((self._allowed_until - self._now()) * 1000))
         if self.context.attempts > 1:
             head += b"x-gateway-attempt: %d\r\n" % self.context.attempts
@@ -344,14 +353,15 @@ class Exchange(Deadline):
         )
         return wait if wait is not None and self.route.budget.take(now) else None
 
-    def _begin_stream(self, connection: UpstreamConnection) -> None:
-        """An answer that is not known whole from its head: bound the time of it, and see of what kind it is."""
+    def _begin_stream(self, connection: UpstreamConnection) -> bool:
+        """Bound the time of an answer that is not known whole from its head; whether it is a stream of events."""
         timeouts = self.route.service.timeouts
         unbounded = connection.content_length is None
         self._streams_events = unbounded and is_event_stream(connection.headers)
         self._answer_ends = self._now() + (timeouts.stream if unbounded else timeouts.answer)
         self._ends = min(self._answer_ends, self._allowed_until)
         self._expect(CLIENT_TOO_SLOW, timeouts.client)
+        return self._streams_events
 
     def _give_back(self, pool: UpstreamPool) -> None:
         """The answer has come whole: another request may have the connection while the client still reads."""

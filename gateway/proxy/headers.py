@@ -1,6 +1,6 @@
 """Which header fields cross the gateway, and in which form (RFC 9110 7.6; EDGE.md, 1 to 4, 11, 29 to 34)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
 
@@ -48,6 +48,7 @@ FORWARDING = frozenset(name for name in OURS if name.startswith(b"x-forwarded"))
 # What a request is looked at for in a place of its own, because few have it.
 SELDOM = FORWARDING | {b"transfer-encoding", b"x-request-timeout-ms"}
 SAID_BY_US = frozenset({b"", b"close", b"keep-alive", b"x-correlation-id", b"x-user-id"})
+ALONE = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Close"})  # what Connection mostly says: it names no field
 REMEMBERED = 256  # shapes of requests, of at most so many fields and bytes of names each; and as many hosts
 REMEMBERED_FIELDS = 32
 REMEMBERED_BYTES = 1024
@@ -159,15 +160,20 @@ class RequestFields:
     @property
     def by_name(self) -> dict[bytes, bytes]:
         """All values by name; several lines of a name are one list (RFC 9110 5.3)."""
-        lines: dict[bytes, list[bytes]] = {}
-        for name, value in self._headers:
-            lines.setdefault(name, []).append(value)
-        return {name: b", ".join(values) for name, values in lines.items()}
+        return joined(self._headers)
 
     @property
     def keyed(self) -> bool:
         """It carries an ``Idempotency-Key``, so sending it twice does no harm."""
         return b"idempotency-key" in self.by_name
+
+
+def joined(headers: Iterable[Header]) -> dict[bytes, bytes]:
+    """Values by name; several lines of a name are one list (RFC 9110 5.3)."""
+    lines: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        lines.setdefault(name, []).append(value)
+    return {name: b", ".join(values) for name, values in lines.items()}
 
 
 def connection_named(value: bytes) -> frozenset[bytes]:
@@ -213,8 +219,16 @@ def _first_forwarding(peer: str, scheme: bytes, host: bytes, via: bytes) -> byte
     return forwarding_fields(fields, peer=peer.encode(), trusted=False, scheme=scheme, via=via)
 
 
-def answer_fields(headers: list[Header]) -> list[Header]:
-    """The fields of a service's answer that reach the client: order and repeats kept, hop-by-hop ones gone."""
-    connection = b",".join([value for name, value in headers if name == b"connection"])
-    dropped = HOP_BY_HOP | (connection_named(connection) - {b"content-length"})
+def answer_fields(headers: list[Header], by_name: Mapping[bytes, bytes]) -> list[Header]:
+    """The fields of a service's answer that reach the client: order and repeats kept, hop-by-hop ones gone.
+
+    Args:
+        headers: as they came.
+        by_name: the same, ``joined``.
+    """
+    if HOP_BY_HOP.isdisjoint(by_name):
+        return headers
+    dropped = HOP_BY_HOP
+    if by_name.get(b"connection", b"close") not in ALONE:
+        dropped = HOP_BY_HOP | connection_named(by_name[b"connection"]) - {b"content-length"}
     return [header for header in headers if header[0] not in dropped]

@@ -87,9 +87,9 @@ class Http1Connection(asyncio.Protocol):
         if self.is_closing:
             self._fail(Cause.RESET, "The service closed the connection without an answer")
             return
-        head = (method, b" ", target, b" HTTP/1.1\r\nhost: ", host, b"\r\n", fields, framing, b"\r\n", body)
         assert self.transport is not None
-        self.transport.write(b"".join(head))
+        form = b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n%b"
+        self.transport.write(form % (method, target, host, fields, framing, body))
 
     def write(self, part: bytes) -> None:
         """Send a further part of the request's body."""
@@ -195,16 +195,16 @@ class Http1Connection(asyncio.Protocol):
             data = self._partial + data
             self._partial = b""
         while True:
-            end = data.find(b"\r\n\r\n")
-            if end < 0:
+            head, ending, behind = data.partition(b"\r\n\r\n")
+            if not ending:
                 self._partial = data
                 refuse_early(data)
                 return b""
-            status, headers, length, goes_on = read_head(data[:end])
-            data = data[end + 4 :]
+            status, headers, length, goes_on = read_head(head)
             if status >= 200:
                 break
             self._pass_over(status)
+            data = behind
         self.status = status
         self.headers = headers.copy()
         self.content_length = length if length >= 0 else None
@@ -217,7 +217,7 @@ class Http1Connection(asyncio.Protocol):
         elif length == CHUNKED:
             self._chunks = ChunkedBody()
         self._remaining = length
-        return data
+        return behind
 
     def _pass_over(self, status: int) -> None:
         """An informational answer ends here (EDGE.md, 60); that there are too many, or another protocol, is garbled."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     Upstream = AsyncBaseTransport | AsyncClient
 
+LISTEN_AFTER = 0.05  # seconds: only a request that takes longer is worth a task that watches its client
+
 
 class UpstreamConnection(Protocol):
     """A connection to a replica, carrying one exchange at a time.
@@ -131,6 +133,8 @@ class Route:
         self.wheel = wheel
         self.loop = wheel.loop
         self.random = random
+        self.look_after = min(LISTEN_AFTER, service.timeouts.client)  # seconds, at a request that is not over by then
+        self.limit_digits = len(str(service.max_body_bytes))  # a body's length of fewer is none too large
         self.replicas = Replicas(service.replicas, random)
         self.budget = RetryBudget()
         self.tls = tls_context(service.ca_file) if any(url.startswith("https:") for url in service.replicas) else None

@@ -45,10 +45,7 @@ class TimerWheel:
         tick = int(deadline.due / TICK) + 1
         slot = self._slots.get(tick)
         if slot is None:
-            slot = self._slots[tick] = set()
-            heappush(self._ticks, tick)
-            if self._timer is None or tick < self._timer_tick:
-                self._arm(tick)
+            slot = self._open(tick)
         slot.add(deadline)
         deadline._slot = slot
 
@@ -71,6 +68,14 @@ class TimerWheel:
             self._timer = None
         self._slots.clear()
         self._ticks.clear()
+
+    def _open(self, tick: int) -> set[Deadline]:
+        """A slot for a tick that had none."""
+        slot = self._slots[tick] = set()
+        heappush(self._ticks, tick)
+        if self._timer is None or tick < self._timer_tick:
+            self._arm(tick)
+        return slot
 
     def _arm(self, tick: int) -> None:
         if self._timer is not None:

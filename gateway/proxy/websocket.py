@@ -22,7 +22,7 @@ from gateway.policies.circuit_breaker import Outcome
 from gateway.policies.edge import MAX_MESSAGE_BYTES
 from gateway.policies.services import Address
 from gateway.problems import ForwardingError, answer
-from gateway.proxy.headers import RequestFields, answer_fields
+from gateway.proxy.headers import RequestFields, answer_fields, joined
 from gateway.proxy.pool import connect
 from gateway.proxy.route import Route
 
@@ -426,7 +426,7 @@ def _accepted(upstream: ClientConnection) -> Message:
     assert upstream.response is not None
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in upstream.response.headers.raw_items()]
     own = {b"sec-websocket-accept", b"sec-websocket-extensions", b"sec-websocket-protocol", b"date", b"server"}
-    headers = [header for header in answer_fields(raw) if header[0] not in own]
+    headers = [header for header in answer_fields(raw, joined(raw)) if header[0] not in own]
     return {"type": "websocket.accept", "subprotocol": upstream.subprotocol, "headers": headers}
 
 
@@ -437,7 +437,7 @@ async def _deny(scope: Scope, send: Send, response: Response) -> None:
         return
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in response.headers.raw_items()]
     body = bytes(response.body or b"")
-    headers = [header for header in answer_fields(raw) if header[0] != b"content-length"]
+    headers = [header for header in answer_fields(raw, joined(raw)) if header[0] != b"content-length"]
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "websocket.http.response.start", "status": response.status_code, "headers": headers})
     await send({"type": "websocket.http.response.body", "body": body, "more_body": False})
