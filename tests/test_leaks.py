@@ -170,7 +170,7 @@ class Leaving:
 
 def admission(app: Any) -> AdmissionASGI:
     while not isinstance(app, AdmissionASGI):
-        app = app.app
+        app = getattr(app.app, "__self__", app.app)  # layers hold one another's methods
     return app
 
 
