@@ -21,6 +21,7 @@ OFTEN_THE_SAME = frozenset(
     b"content-encoding content-language content-length content-type date keep-alive pragma referrer-policy server "
     b"strict-transport-security transfer-encoding vary x-content-type-options x-frame-options x-xss-protection".split()
 )
+LENGTH = b"\r\nContent-Length: "  # as nearly all spell it; other spellings are read as well, if not as quickly
 HTTP_1 = (b"HTTP/1.1", b"HTTP/1.0")
 
 AnswerHead = tuple[int, list[Header], int, bool]
@@ -85,7 +86,7 @@ def _connection(value: bytes) -> tuple[frozenset[bytes], bool]:
     return frozenset(option.strip() for option in value.lower().split(b",")), True
 
 
-def _head(head: bytes) -> tuple[AnswerHead, bool]:
+def _whole_head(head: bytes) -> tuple[AnswerHead, bool]:
     if len(head) > MAX_HEAD_BYTES:
         raise _too_large()
     lines = head.split(b"\r\n")
@@ -119,15 +120,39 @@ def _head(head: bytes) -> tuple[AnswerHead, bool]:
     return (status, answer_fields(headers, by_name), length, goes_on), OFTEN_THE_SAME.issuperset(by_name)
 
 
+def _head(head: bytes) -> tuple[AnswerHead, bool]:
+    start = head.find(LENGTH) + len(LENGTH)
+    if start < len(LENGTH):
+        return _whole_head(head)
+    end = head.find(b"\r\n", start)
+    if end < 0:
+        end = len(head)
+    digits = head[start:end]
+    if not 0 < len(digits) <= 18 or not digits.isdigit():
+        return _whole_head(head)  # it is not a number, or is in need of stripping
+    (status, fields, _, goes_on), place, may_be_kept = _read_apart(head[:start] + head[end:])
+    fields = fields.copy()
+    fields[place] = (b"content-length", digits)
+    return (status, fields, int(digits), goes_on), may_be_kept
+
+
+def _head_apart(head: bytes) -> tuple[tuple[AnswerHead, int, bool], bool]:
+    """Of a head that lacks the number in its ``Content-Length``: the same with 0, and the place of that field."""
+    end = head.find(LENGTH) + len(LENGTH)
+    read, may_be_kept = _whole_head(head[:end] + b"0" + head[end:])
+    return (read, read[1].index((b"content-length", b"0")), may_be_kept), may_be_kept
+
+
 # Methods of the dictionaries themselves, so that what is known costs no step of Python's.
 read_status_line = _Memory(_status_line, REMEMBERED_LINE_BYTES).__getitem__
 read_name = _Memory(_name, REMEMBERED_LINE_BYTES).__getitem__
 read_field_line = _Memory(_field_line, REMEMBERED_LINE_BYTES).__getitem__
 read_connection = _Memory(_connection, REMEMBERED_LINE_BYTES).__getitem__
+_read_apart = _Memory(_head_apart, REMEMBERED_HEAD_BYTES).__getitem__
 read_head = _Memory(_head, REMEMBERED_HEAD_BYTES).__getitem__
 """Read a whole head, given without the empty line that ended it. The list of fields is not the caller's to change.
 
-A busy service sends the same one again until its clock has moved on by a second.
+A busy service sends the same one again, at least but for the length, until its clock has moved on by a second.
 
 Raises:
     MalformedError: it is no answer, too large, or two readers could read it differently.
