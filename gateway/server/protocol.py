@@ -662,13 +662,13 @@ class RequestCycle:
         self.context.watched = True
         self.task: asyncio.Task[None]
         self.farewell: Message | None = None  # there is nobody any more to answer
-        self._waiters: list[asyncio.Future[None]] = []
+        self._waiters: list[asyncio.Future[None]] | None = None
         # Of the request's body
         self._body = body  # what was received and not yet asked for; None: the application is owed nothing
         self._more_body = body is None
         # Of the answer
         self._comes_next = "http.response.start"  # the message that the application may send; empty after the last
-        self._head: list[bytes] = []  # until it leaves with the first piece of the body
+        self._head: list[bytes]  # its pieces, until they leave with the first piece of the body
         self._framing = NO_BODY if scope["method"] == "HEAD" else BY_LENGTH
         self._expected: int | None = None  # bytes of body still to come, if a Content-Length says so
         self.response_started = False
@@ -762,7 +762,8 @@ class RequestCycle:
             self.farewell = GONE
         if reason and self.farewell is GONE:
             self.farewell = {**GONE, "reason": reason, "status": status} if status else {**GONE, "reason": reason}
-        _wake(self._waiters)
+        if self._waiters:
+            _wake(self._waiters)
 
     async def receive(self) -> Message:
         """The next piece of the request's body, as soon as there is one; then, when it comes, the client's leaving.
@@ -789,6 +790,8 @@ class RequestCycle:
                 return {"type": "http.request", "body": body, "more_body": more_body}
             if self._more_body:
                 connection.wait_for_body()
+            if self._waiters is None:
+                self._waiters = []
             await _wait(connection.loop, self._waiters)
         farewell = self.farewell or GONE
         self.context.lose_client(farewell, monotonic())
@@ -841,9 +844,8 @@ class RequestCycle:
             except KeyError:
                 start = _field_start(name)
             if start is None:  # it is about framing
-                name = name.lower()
-                if name != b"content-length":  # the connection is the server's
-                    if name == b"connection" and b"close" in value.lower():
+                if name != b"content-length" and name.lower() != b"content-length":  # the connection is the server's
+                    if name.lower() == b"connection" and b"close" in value.lower():
                         self._keep_alive = False
                     continue
                 if self._expected is not None or not value.isdigit():
