@@ -104,6 +104,7 @@ class Edge:
         idle_timeout: seconds that an idle connection has for one more request.
         connections: all that are open, but WebSockets.
         draining: answers close their connection.
+        has_task_factory: the event loop lets somebody else make its tasks.
         leaving: nothing new is accepted, and an idle connection has a second for one more request.
         on_refusal: called with the peer's address, the status, a word for the reason, and then, as far as they are
             known, the correlation ID, method and path (without query) of a request that is refused here, so that the
@@ -115,6 +116,7 @@ class Edge:
         self.limits = limits
         self.idle_timeout = limits.keep_alive_timeout
         self.loop = loop
+        self.has_task_factory = loop.get_task_factory() is not None
         self.connections: set[GatewayProtocol] = set()
         self.draining = False
         self.leaving = False
@@ -315,8 +317,12 @@ class GatewayProtocol(asyncio.Protocol):
             return
         whole = length == len(rest)  # all of the body has come along, or there is none
         self.cycle = cycle = RequestCycle(self, scope, special, rest if whole else None)
-        # Not `create_task`, which would count and name each one. (Nobody gives this loop a factory of tasks.)
-        cycle.task = task = asyncio.Task(cycle.run(self.edge.app), loop=self.loop, name="request")
+        edge = self.edge
+        if edge.has_task_factory:
+            task = self.loop.create_task(cycle.run(edge.app))
+        else:  # what that does, but for a number and a name to each task, which cost more than making it
+            task = asyncio.Task(cycle.run(edge.app), loop=self.loop, name="request")
+        cycle.task = task
         self.tasks.add(task)
         if whole:
             self.state = ANSWERING
@@ -907,6 +913,8 @@ class RequestCycle:
             if self._waiters:
                 _wake(self._waiters)
             connection.answered(self._keep_alive)
+        elif self._head:
+            self._head = []  # a stream may be long
 
     def _frame(self, size: int, more_body: bool) -> int:
         """Say in the head how long the body is, whose first piece, so long, has come; the application does not."""
