@@ -104,6 +104,7 @@ class Edge:
         idle_timeout: seconds that an idle connection has for one more request.
         connections: all that are open, but WebSockets.
         draining: answers close their connection.
+        has_task_factory: the event loop lets somebody else make its tasks.
         leaving: nothing new is accepted, and an idle connection has a second for one more request.
         on_refusal: called with the peer's address, the status, a word for the reason, and then, as far as they are
             known, the correlation ID, method and path (without query) of a request that is refused here, so that the
@@ -115,6 +116,7 @@ class Edge:
         self.limits = limits
         self.idle_timeout = limits.keep_alive_timeout
         self.loop = loop
+        self.has_task_factory = loop.get_task_factory() is not None
         self.connections: set[GatewayProtocol] = set()
         self.draining = False
         self.leaving = False
@@ -315,8 +317,12 @@ class GatewayProtocol(asyncio.Protocol):
             return
         whole = length == len(rest)  # all of the body has come along, or there is none
         self.cycle = cycle = RequestCycle(self, scope, special, rest if whole else None)
-        # Not `create_task`, which would count and name each one. (Nobody gives this loop a factory of tasks.)
-        cycle.task = task = asyncio.Task(cycle.run(self.edge.app), loop=self.loop, name="request")
+        edge = self.edge
+        if edge.has_task_factory:
+            task = self.loop.create_task(cycle.run(edge.app))
+        else:  # what that does, but for a number and a name to each task, which cost more than making it
+            task = asyncio.Task(cycle.run(edge.app), loop=self.loop, name="request")
+        cycle.task = task
         self.tasks.add(task)
         if whole:
             self.state = ANSWERING
@@ -662,13 +668,13 @@ class RequestCycle:
         self.context.watched = True
         self.task: asyncio.Task[None]
         self.farewell: Message | None = None  # there is nobody any more to answer
-        self._waiters: list[asyncio.Future[None]] = []
+        self._waiters: list[asyncio.Future[None]] | None = None
         # Of the request's body
         self._body = body  # what was received and not yet asked for; None: the application is owed nothing
         self._more_body = body is None
         # Of the answer
         self._comes_next = "http.response.start"  # the message that the application may send; empty after the last
-        self._head: list[bytes] = []  # until it leaves with the first piece of the body
+        self._head: list[bytes]  # its pieces, until they leave with the first piece of the body
         self._framing = NO_BODY if scope["method"] == "HEAD" else BY_LENGTH
         self._expected: int | None = None  # bytes of body still to come, if a Content-Length says so
         self.response_started = False
@@ -762,7 +768,8 @@ class RequestCycle:
             self.farewell = GONE
         if reason and self.farewell is GONE:
             self.farewell = {**GONE, "reason": reason, "status": status} if status else {**GONE, "reason": reason}
-        _wake(self._waiters)
+        if self._waiters:
+            _wake(self._waiters)
 
     async def receive(self) -> Message:
         """The next piece of the request's body, as soon as there is one; then, when it comes, the client's leaving.
@@ -789,6 +796,8 @@ class RequestCycle:
                 return {"type": "http.request", "body": body, "more_body": more_body}
             if self._more_body:
                 connection.wait_for_body()
+            if self._waiters is None:
+                self._waiters = []
             await _wait(connection.loop, self._waiters)
         farewell = self.farewell or GONE
         self.context.lose_client(farewell, monotonic())
@@ -841,9 +850,8 @@ class RequestCycle:
             except KeyError:
                 start = _field_start(name)
             if start is None:  # it is about framing
-                name = name.lower()
-                if name != b"content-length":  # the connection is the server's
-                    if name == b"connection" and b"close" in value.lower():
+                if name != b"content-length" and name.lower() != b"content-length":  # the connection is the server's
+                    if name.lower() == b"connection" and b"close" in value.lower():
                         self._keep_alive = False
                     continue
                 if self._expected is not None or not value.isdigit():
@@ -905,6 +913,8 @@ class RequestCycle:
             if self._waiters:
                 _wake(self._waiters)
             connection.answered(self._keep_alive)
+        elif self._head:
+            self._head = []  # a stream may be long
 
     def _frame(self, size: int, more_body: bool) -> int:
         """Say in the head how long the body is, whose first piece, so long, has come; the application does not."""
