@@ -345,9 +345,10 @@ async def test_redis_is(fault: Fault, redis: RedisServer, caplog: pytest.LogCapt
             if not fault.at_boot:
                 await meanwhile.enter_async_context(fault.happens(redis, proxy))
             drill.begin("newcomer")
-            if fault.is_outage:
-                await drill.until_asked(lambda one: one.user == "newcomer" and one.mode == b"local")
-            await drill.until_asked(lambda one: one.user == "newcomer" and one.status == 429)
+            for user in ("newcomer", "greedy") if fault.is_outage else ():
+                refused_by_its_own = (user, 429, b"local")
+                await drill.until_asked(lambda one: (one.user, one.status, one.mode) == refused_by_its_own)  # noqa: B023
+            await drill.until_asked(lambda one: (one.user, one.status) == ("newcomer", 429))
         if fault.is_outage:
             ended = drill.loop.time()
             await until(lambda: all(drill.shared))
