@@ -1,4 +1,4 @@
-"""What all workers together let one caller have: by a model over outages, to the token, and in real processes."""
+"""What all workers together let one caller have: to the token, and by a model of time over outages."""
 
 import asyncio
 import time
@@ -236,7 +236,7 @@ def test_r1_no_caller_gets_more_from_all_workers_together_whatever_redis_does(
 ) -> None:
     monkeypatch.setattr(backend, "HEARTBEAT", 0.02)
     monkeypatch.setattr(backend, "PATIENCE", 0.1)
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        lambda: Workers(server, monkeypatch),
+    run_state_machine_as_test(
+        cast("type[Workers]", lambda: Workers(server, monkeypatch)),  # any maker of one will do
         settings=settings(max_examples=40, stateful_step_count=20, deadline=None, suppress_health_check=[*HealthCheck]),
     )
