@@ -1,4 +1,4 @@
-"""Ways to reach Redis: TCP, TLS, a unix socket, a user who may do no more than is needed, and one who may not come in."""
+"""Ways to reach Redis: TCP, TLS, a unix socket, as a user who may do no more than is needed, or who may not come in."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +19,20 @@ NEEDED = ["resetkeys", "~gateway:1:*", "resetchannels", "nocommands", "+eval", "
 
 
 @pytest.fixture(scope="module")
-def tls_port() -> int:
-    return free_port()
+def server() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        server.command("ACL", "SETUSER", "gateway", "on", f">{SECRET}", *NEEDED)
+        yield server
 
 
 @pytest.fixture(scope="module")
-def server(tls_port: int) -> Iterator[RedisServer]:
-    tls = ("--tls-port", str(tls_port), "--tls-cert-file", CERTIFICATE, "--tls-key-file", KEY)
-    with redis_server(*tls, "--tls-ca-cert-file", CERTIFICATE, "--tls-auth-clients", "no") as server:
+def tls_port() -> Iterator[int]:
+    """Of a server that has one."""
+    port = free_port()
+    options = ("--tls-port", str(port), "--tls-cert-file", CERTIFICATE, "--tls-key-file", KEY)
+    with redis_server(*options, "--tls-ca-cert-file", CERTIFICATE, "--tls-auth-clients", "no") as server:
         server.command("ACL", "SETUSER", "gateway", "on", f">{SECRET}", *NEEDED)
-        yield server
+        yield port
 
 
 async def reached(url: str) -> str:
@@ -50,13 +54,13 @@ async def test_over_tcp_and_a_unix_socket(server: RedisServer) -> None:
     assert await reached(f"{server.unix_url}?db=3") == "normal"
 
 
-async def test_over_tls_with_a_certificate_that_is_known(server: RedisServer, tls_port: int) -> None:
+async def test_over_tls_with_a_certificate_that_is_known(tls_port: int) -> None:
     assert await reached(f"rediss://localhost:{tls_port}/0?ssl_ca_certs={CERTIFICATE}") == "normal"
     user = f"gateway:{quote(SECRET, safe='')}"
     assert await reached(f"rediss://{user}@127.0.0.1:{tls_port}/0?ssl_ca_certs={CERTIFICATE}") == "normal"
 
 
-async def test_a_certificate_that_is_not_known_is_not_believed(server: RedisServer, tls_port: int) -> None:
+async def test_a_certificate_that_is_not_known_is_not_believed(tls_port: int) -> None:
     said = await reached(f"rediss://gateway:{quote(SECRET, safe='')}@localhost:{tls_port}/0")
     assert "certificate verify failed" in said
     assert "hunter2" not in said
