@@ -52,7 +52,7 @@ def rss():
 def in_memory():
     limiter = MemoryLimiter(clock=lambda: 1_764_239_400_000_000)  # none is full again
     for number in range(250_000):
-        limiter.take_now(f"user:{number}", LIMITS)
+        limiter.take(f"user:{number}", LIMITS)
     return limiter
 
 
