@@ -53,9 +53,9 @@ def create_app(settings: Settings | None = None) -> "Gateway":
     sink = LogSink(buffer_bytes=settings.log_buffer_bytes, on_drop=metrics.lines_dropped)
     table = ServiceTable(each.service for each in settings.services)
     breakers = {each.service.name: _breaker(each.service.name, each.breaker, metrics) for each in settings.services}
-    limiter = _limiter(settings, metrics)
     parts = {"redis": settings.redis_url, "qdrant": settings.qdrant_url}
     health = Health(enabled=[part for part, url in parts.items() if url])
+    limiter = _limiter(settings, metrics, health)
     circuit_breaker_registry.replace_all(breakers)
     metrics.expect(table.services)
 
@@ -207,7 +207,6 @@ class Gateway:
         if isinstance(limiter, RedisLimiter):
             running.push_async_callback(limiter.aclose)
             await limiter.start()
-            checks["redis"] = lambda: limiter.shared
         if settings.qdrant_url:
             qdrant = QdrantCheck(settings.qdrant_url)
             running.push_async_callback(qdrant.aclose)
@@ -218,13 +217,14 @@ class Gateway:
         await health_checks.start()
 
 
-def _limiter(settings: Settings, metrics: Metrics) -> MemoryLimiter | RedisLimiter:
+def _limiter(settings: Settings, metrics: Metrics, health: Health) -> MemoryLimiter | RedisLimiter:
     if settings.redis_url is None:
         metrics.limiter_shared(False)
         return MemoryLimiter(workers=settings.workers)
 
     def changed(shared: bool, why: str) -> None:
         metrics.limiter_shared(shared)
+        health.saw("redis", shared)
         if shared:
             logger.info("Limits are shared in Redis: %s", why)
         else:

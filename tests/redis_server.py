@@ -42,7 +42,11 @@ class RedisServer:
         return Path(self._directory.name) / "redis.sock"
 
     def __enter__(self) -> "RedisServer":
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(

@@ -264,7 +264,7 @@ class RedisLimiter:
             elif str(reply).startswith("NOSCRIPT") and not is_again:
                 self._again.append((*check[:-1], True))
             else:
-                self._lose(str(reply))
+                self._lose(f"Redis does not run the limiter's script: {reply}")
             under_way.popleft()
             if not under_way and (self._again or self._waiting):
                 self._depart()

@@ -11,7 +11,11 @@ local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000000 + tonumber(time[2])
 local cost = tonumber(ARGV[5])
 
-local stored = redis.pcall('GET', KEYS[1])  -- a value of another type is no state: it is overwritten
+local stored = redis.pcall('GET', KEYS[1])
+if type(stored) == 'table' and not string.find(stored.err, 'WRONGTYPE', 1, true) then
+  return stored  -- not allowed to look, say: else every bucket would seem full
+end
+-- a value of another type is no state: it is overwritten
 local debt_minute, debt_hour, last
 if type(stored) == 'string' then
   debt_minute, debt_hour, last = string.match(stored, '^(%d+) (%d+) (%d+)$')
