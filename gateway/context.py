@@ -75,6 +75,9 @@ def is_failure(status: int) -> bool:
     return status >= 500 and status != 501
 
 
+NONE: frozenset[bytes] = frozenset()
+
+
 class RequestContext:
     """One request's facts, from its arrival to its log line.
 
@@ -129,7 +132,7 @@ class RequestContext:
     cause: Cause | None = None
     reason = ""
     added = b""
-    replaced = frozenset[bytes]()
+    replaced: frozenset[bytes]
     watched = False
     answered_at: float | None = None
     request_whole_at = inf
@@ -144,6 +147,7 @@ class RequestContext:
 
     def __init__(self) -> None:
         self.started = monotonic()
+        self.replaced = NONE
 
     @staticmethod
     def of(scope: Scope) -> "RequestContext":

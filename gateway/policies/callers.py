@@ -33,7 +33,7 @@ class Networks:
     def __init__(self, entries: Iterable[str]) -> None:
         words = [entry.strip() for entry in entries]
         self._known: dict[str | None, bool] = {}
-        self._unix = UNIX in words
+        self._has_unix = UNIX in words
         self._networks = [_network(word) for word in words if word != UNIX]
 
     def contains(self, host: str | None) -> bool:
@@ -47,7 +47,7 @@ class Networks:
 
     def _look_up(self, host: str | None) -> bool:
         if not host or host == UNIX:
-            return self._unix
+            return self._has_unix
         address = _address(host)
         return address is not None and any(address in network for network in self._networks)
 

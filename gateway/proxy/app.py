@@ -64,7 +64,7 @@ class ProxyApp:
         digest = blake2s(repr(self.services.services).encode(), digest_size=4).hexdigest()
         self.via = b"ai-gateway-" + digest.encode()
         self._loop: asyncio.AbstractEventLoop | None = None  # where all the following is at home
-        self._thread = 0  # in which that loop runs
+        self._home_thread = 0  # in which that loop runs
         self._wheel: TimerWheel | None = None
         self._random = random
         self._routes: dict[str, Route] = {}
@@ -81,7 +81,7 @@ class ProxyApp:
             return
         assert context.service is not None
         # There is one where our connections are at home. The loop is named, lest the kernel be asked for it.
-        task = asyncio.current_task(self._loop) if get_ident() == self._thread else None
+        task = asyncio.current_task(self._loop) if get_ident() == self._home_thread else None
         if task is None:
             task = self._settle()
         route = self._routes.get(context.service.name) or self._add_route(context.service)
@@ -129,12 +129,12 @@ class ProxyApp:
         self._routes.clear()
         if self._wheel is not None:
             self._wheel.close()
-        self._wheel, self._thread = None, 0
+        self._wheel, self._home_thread = None, 0
 
     def _settle(self) -> "asyncio.Task[Any]":
         """Start afresh in the loop that runs here: connections belong to one. The task that asks is given back."""
         loop = asyncio.get_running_loop()
-        self._loop, self._thread = loop, get_ident()
+        self._loop, self._home_thread = loop, get_ident()
         self._wheel = TimerWheel(loop)
         self._routes.clear()
         task = asyncio.current_task(loop)

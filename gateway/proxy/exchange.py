@@ -58,24 +58,6 @@ class Exchange(Deadline):
     beforehand, so that it ends in one way wherever it waits.
     """
 
-    _aborted: ForwardingError | None = None
-    _listener: asyncio.Task[None] | None = None  # reads what the client still sends, and whether it leaves
-    _connection: UpstreamConnection | None = None
-    _first_part = b""  # of the body
-    _uploaded = False  # the whole body came and was passed on
-    _kept: list[bytes] | None = None  # a streamed body so far, while it may have to be sent again
-    _kept_bytes = 0
-    _outcome = NEUTRAL  # of the last attempt that had an answer
-    _streamed = False  # the body went to a replica as it came
-    _over = False  # the client has its answer, or is told why not
-    _started = False  # something was sent to the client
-    _streams_events = False
-    _tail = b""  # of a stream of events
-    _phase = CLIENT_TOO_SLOW  # what it means if `_phase_ends` passes
-    _answer_ends = NEVER
-    _allowed_until = NEVER  # by the caller
-    _ends = NEVER  # the earlier of these two
-
     def __init__(
         self,
         proxy: "ProxyApp",
@@ -98,6 +80,23 @@ class Exchange(Deadline):
         self._phase_ends = now + route.service.timeouts.client
         self.due = now + route.look_after
         self._fields = RequestFields(scope["headers"])
+        self._aborted: ForwardingError | None = None
+        self._listener: asyncio.Task[None] | None = None  # reads what the client still sends, and whether it leaves
+        self._connection: UpstreamConnection | None = None
+        self._first_part = b""  # of the body
+        self._uploaded = False  # the whole body came and was passed on
+        self._kept: list[bytes] | None = None  # a streamed body so far, while it may have to be sent again
+        self._kept_bytes = 0
+        self._outcome = NEUTRAL  # of the last attempt that had an answer
+        self._streamed = False  # the body went to a replica as it came
+        self._over = False  # the client has its answer, or is told why not
+        self._started = False  # something was sent to the client
+        self._streams_events = False
+        self._tail = b""  # of a stream of events
+        self._phase = CLIENT_TOO_SLOW  # what it means if `_phase_ends` passes
+        self._answer_ends = NEVER
+        self._allowed_until = NEVER  # by the caller
+        self._ends = NEVER  # the earlier of these two
 
     async def run(self) -> None:
         """Forward the request and answer the client.
