@@ -298,7 +298,7 @@ class Exchange(Deadline):
         if scope.get("query_string"):
             target += b"?" + scope["query_string"]
         host = fields.host if service.preserve_host and fields.host else address.authority
-        if not fields.plain and self._allowed_until is not NEVER:
+        if not fields.plain and self._allowed_until != NEVER:
             head += b"x-request-timeout-ms: %d\r\n" % max(1, int((self._allowed_until - self._now()) * 1000))
         if self.context.attempts > 1:
             head += b"x-gateway-attempt: %d\r\n" % self.context.attempts

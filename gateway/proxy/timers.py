@@ -73,12 +73,14 @@ class TimerWheel:
         """A slot for a tick that had none."""
         slot = self._slots[tick] = set()
         heappush(self._ticks, tick)
-        if self._timer is None or tick < self._timer_tick:
-            self._arm(tick)
+        self._arm_by(tick)
         return slot
 
-    def _arm(self, tick: int) -> None:
+    def _arm_by(self, tick: int) -> None:
+        """See to it that the timer rings by this tick."""
         if self._timer is not None:
+            if self._timer_tick <= tick:
+                return
             self._timer.cancel()
         self._timer = self.loop.call_at(tick * TICK, self._fire)
         self._timer_tick = tick
@@ -99,5 +101,5 @@ class TimerWheel:
                 deadline.expire()
         while self._ticks and not self._slots[self._ticks[0]]:  # all of them ended in time
             del self._slots[heappop(self._ticks)]
-        if self._ticks and (self._timer is None or self._ticks[0] < self._timer_tick):
-            self._arm(self._ticks[0])
+        if self._ticks:
+            self._arm_by(self._ticks[0])
