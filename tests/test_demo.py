@@ -107,9 +107,7 @@ def is_alive(pid: int) -> bool:
 
 
 @contextmanager
-def running(tmp_path: Path, *arguments: str, **environ: str) -> Iterator[Demo]:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port = found.getsockname()[1]
+def running(tmp_path: Path, port: int, *arguments: str, **environ: str) -> Iterator[Demo]:
     output = tmp_path / "output"
     with output.open("wb") as file:
         process = subprocess.Popen(
@@ -130,8 +128,8 @@ def running(tmp_path: Path, *arguments: str, **environ: str) -> Iterator[Demo]:
         process.wait()
 
 
-def test_the_demo_shows_what_the_gateway_does_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    with running(tmp_path, "--restart-after", "0.5", CIRCUIT_BREAKER_TIMEOUT="0.3") as demo:
+def test_the_demo_shows_what_the_gateway_does_and_leaves_nothing_behind(tmp_path: Path, port: int) -> None:
+    with running(tmp_path, port, "--restart-after", "0.5", CIRCUIT_BREAKER_TIMEOUT="0.3") as demo:
         stand_ins = demo.stand_ins()
         assert list(stand_ins) == list(BUILT_IN)
         for name in stand_ins:
@@ -166,8 +164,8 @@ def test_the_demo_shows_what_the_gateway_does_and_leaves_nothing_behind(tmp_path
         assert not demo.is_up()
 
 
-def test_a_demo_that_is_killed_leaves_nothing_behind_either(tmp_path: Path) -> None:
-    with running(tmp_path) as demo:
+def test_a_demo_that_is_killed_leaves_nothing_behind_either(tmp_path: Path, port: int) -> None:
+    with running(tmp_path, port) as demo:
         stand_ins = demo.stand_ins()
         demo.process.kill()
         demo.until(lambda: not demo.is_up())

@@ -103,12 +103,12 @@ def eventually(look: Callable[[], T | None], seconds: float = 10.0) -> T:
 class Served:
     """A supervisor in a process of its own, and how to talk to it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, port: int) -> None:
         self.program = directory / "program.py"
         self.program.write_text(PROGRAM)
         self.settings = directory / "settings.json"
         self.log = directory / "log"
-        self.port = free_port()
+        self.port = port
         self.write()
 
     def write(self, answer: str = "one", fault: str = "", **edge: Any) -> None:
@@ -165,18 +165,11 @@ class Served:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    served = Served(tmp_path)
+def served(tmp_path: Path, port: int) -> Iterator[Served]:
+    served = Served(tmp_path, port)
     yield served
     if hasattr(served, "process") and served.process.poll() is None:
         served.end_at_once()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def is_gone(pid: int) -> bool:
