@@ -1,8 +1,29 @@
 """What all tests share: one event loop backend, and (as fixtures) real servers on loopback."""
 
+from collections.abc import Iterator
+
 import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.wire import reserved_port
+
+# How long an example takes says how busy the machine is, no more: a pause of 200 ms would fail a test that is right.
+settings.register_profile(
+    "untimed",
+    settings.get_profile(settings.get_current_profile_name()),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("untimed")
 
 
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Of 127.0.0.1, reserved for this test: see ``reserved_port``."""
+    with reserved_port() as port:
+        yield port

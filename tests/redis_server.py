@@ -11,13 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+from tests.wire import reserved_port
 
 
 class RedisServer:
@@ -29,11 +23,11 @@ class RedisServer:
         unix_url: the same over a unix socket.
     """
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, port: int, *options: str) -> None:
         self._options = options
         self._directory = tempfile.TemporaryDirectory(prefix="redis-")
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = free_port()
+        self.port = port
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.unix_url = f"unix://{self._socket_path}"
 
@@ -107,5 +101,5 @@ class RedisServer:
 @contextmanager
 def redis_server(*options: str) -> Iterator[RedisServer]:
     """A running server, with further options of redis-server's."""
-    with RedisServer(*options) as server:
+    with reserved_port() as port, RedisServer(port, *options) as server:
         yield server

@@ -604,9 +604,11 @@ seen: Counter[State] = Counter()
 
 
 class BreakerMachine(RuleBasedStateMachine):
-    @initialize(config=CONFIGS)
-    def start(self, config: CircuitBreakerConfig) -> None:
+    @initialize(config=CONFIGS, broken=st.booleans())
+    def start(self, config: CircuitBreakerConfig, broken: bool) -> None:
         self.pair = Pair(config)
+        if broken:
+            self.break_down_and_rest()
 
     @rule()
     def acquire(self) -> None:

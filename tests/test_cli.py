@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -32,12 +31,6 @@ def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(*arguments: str, **environ: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(main, arguments, env=environ)
     return result.exit_code, result.stdout, result.stderr
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-        return port
 
 
 def wait_for_health(port: int, process: "subprocess.Popen[str]") -> None:
@@ -110,16 +103,14 @@ def test_a_misspelt_flag_is_refused() -> None:
     assert run("serve", "--workers", "0")[0] == 2
 
 
-def test_serve_answers_until_sigterm_and_then_exits_with_0() -> None:
-    port = free_port()
+def test_serve_answers_until_sigterm_and_then_exits_with_0(port: int) -> None:
     with started("gateway", "serve", "--host", "127.0.0.1", "--port", str(port), DRAIN_DELAY="0") as process:
         wait_for_health(port, process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
 
 
-def test_serve_reads_the_settings_again_on_sighup(empty_directory: Path) -> None:
-    port = free_port()
+def test_serve_reads_the_settings_again_on_sighup(empty_directory: Path, port: int) -> None:
     Path("gateway.toml").write_text(f'host = "127.0.0.1"\nport = {port}\ndrain_delay = 0')
     address = f"http://127.0.0.1:{port}/circuit-breakers"
     with started("gateway", "serve", "--config", "gateway.toml") as process:
@@ -157,8 +148,7 @@ def test_under_another_server_mistakes_end_it_without_a_traceback(
     assert "Traceback" not in ended.stderr
 
 
-def test_under_another_server_the_application_works() -> None:
-    port = free_port()
+def test_under_another_server_the_application_works(port: int) -> None:
     with started("uvicorn", "gateway.main:app", "--port", str(port)) as process:
         wait_for_health(port, process)
         assert len(httpx.get(f"http://127.0.0.1:{port}/circuit-breakers").json()) == 7
@@ -195,8 +185,8 @@ def test_reset_asks_the_gateway_with_the_token() -> None:
     assert unknown == (1, "", "Error: The gateway answered 404: what it says\n")
 
 
-def test_reset_says_what_it_lacks() -> None:
+def test_reset_says_what_it_lacks(port: int) -> None:
     assert "ADMIN_TOKEN is not set" in run("reset", "chatbot-service")[2]
-    nobody = run("reset", "chatbot-service", "--url", f"http://127.0.0.1:{free_port()}", ADMIN_TOKEN="secret")
+    nobody = run("reset", "chatbot-service", "--url", f"http://127.0.0.1:{port}", ADMIN_TOKEN="secret")
     assert nobody[0] == 1
     assert nobody[2].startswith("Error: No answer from the gateway at ")

@@ -31,7 +31,6 @@ from gateway.policies.services import Service as Target
 from gateway.proxy.app import ProxyApp
 from gateway.server.http1 import METHODS
 from gateway.settings import Settings
-from tests.redis_server import free_port
 from tests.wire import (
     Answer,
     Reader,
@@ -672,8 +671,7 @@ http {
 
 
 @asynccontextmanager
-async def nginx(upstream: Service, directory: Path) -> AsyncIterator[int]:
-    port = free_port()
+async def nginx(upstream: Service, directory: Path, port: int) -> AsyncIterator[None]:
     (directory / "nginx.conf").write_text(NGINX % (upstream.port, port))
     quiet = subprocess.DEVNULL
     command = ["nginx", "-p", str(directory), "-c", "nginx.conf"]
@@ -683,7 +681,7 @@ async def nginx(upstream: Service, directory: Path) -> AsyncIterator[int]:
             while not is_listening(port):
                 assert process.poll() is None
                 await asyncio.sleep(0.01)
-        yield port
+        yield
     finally:
         process.kill()
         process.wait()
@@ -702,7 +700,7 @@ def is_listening(port: int) -> bool:
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed: no control to compare with")
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_nginx_changes_only_what_is_listed(tmp_path: Path) -> None:
+async def test_nginx_changes_only_what_is_listed(tmp_path: Path, port: int) -> None:
     spaces = ((b" ", b""), (b"", b""), (b"  ", b" "))
     cases = [
         replace(
@@ -711,7 +709,7 @@ async def test_nginx_changes_only_what_is_listed(tmp_path: Path) -> None:
         for case in corpus()
     ]
     arrived = Arrived()
-    async with service(partial(serve, cases, arrived, Random(1))) as upstream, nginx(upstream, tmp_path) as port:
+    async with service(partial(serve, cases, arrived, Random(1))) as upstream, nginx(upstream, tmp_path, port):
         cases = [case for case in cases if not (case.closes and says_more(case.request))]
         await have_all(port, arrived, cases, clients=4)
     listed = set().union(*NGINX_CHANGES.values())

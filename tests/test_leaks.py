@@ -25,7 +25,6 @@ from gateway.circuit_breaker import circuit_breaker_registry
 from gateway.middleware.admission import AdmissionASGI
 from gateway.settings import Settings
 from tests import asgi_call
-from tests.redis_server import free_port
 from tests.wire import OK, Reader, Request, Writer, connected, read_answer, reset, service, serving_at_the_edge, until
 
 ABORTS = 10_000
@@ -331,9 +330,8 @@ class Thread(threading.Thread):
 
 
 @contextmanager
-def serve(tmp_path: Path, address: str) -> Iterator[tuple[int, Path]]:
-    """``ai-gateway serve`` with one service; gives its port, and where the kernel tells of its worker."""
-    port = free_port()
+def serve(tmp_path: Path, port: int, address: str) -> Iterator[Path]:
+    """``ai-gateway serve`` with one service; gives the file in which the kernel tells of its worker."""
     environ = {
         **os.environ,
         "CHATBOT_SERVICE_URL": address,
@@ -352,7 +350,7 @@ def serve(tmp_path: Path, address: str) -> Iterator[tuple[int, Path]]:
             assert time.monotonic() < give_up
             time.sleep(0.02)
         [worker] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        yield port, Path(f"/proc/{worker}/status")
+        yield Path(f"/proc/{worker}/status")
     finally:
         process.terminate()
         process.wait(20)
@@ -388,11 +386,11 @@ def stands_still(sent: list[int]) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells how much memory was used at most")
 @pytest.mark.parametrize("slow", [False, True], ids=["at full speed", "with a reader that waits"])
 @pytest.mark.parametrize("way", ["upload", "download"])
-def test_a_huge_body_passes_through_little_memory(way: str, slow: bool, tmp_path: Path) -> None:
+def test_a_huge_body_passes_through_little_memory(way: str, slow: bool, tmp_path: Path, port: int) -> None:
     go_on = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with serve(tmp_path, address) as (port, status), socket.create_connection(("127.0.0.1", port)) as client:
+        with serve(tmp_path, port, address) as status, socket.create_connection(("127.0.0.1", port)) as client:
             length = b"Content-Length: %d\r\n" % BODY if way == "upload" else b""
             client.settimeout(60)
             before = peak(status)

@@ -14,7 +14,6 @@ from gateway.context import KEY, Cause, RequestContext
 from gateway.middleware.rate_limit import OURS, RateLimitASGI
 from gateway.policies.services import Service
 from gateway.policies.token_bucket import Decision, Limits
-from tests.redis_server import free_port
 
 NOW = 1_764_239_400  # Unix seconds
 Headers = list[tuple[bytes, bytes]]
@@ -372,8 +371,8 @@ async def test_two_requests_at_once_do_not_mix_their_headers(clock: FakeClock) -
     assert [answer.headers["x-ratelimit-remaining-minute"] for answer in answers] == ["59", "58"]
 
 
-async def test_without_redis_answers_say_so_and_each_service_fails_in_its_own_way() -> None:
-    limiter = RedisLimiter(f"redis://127.0.0.1:{free_port()}")
+async def test_without_redis_answers_say_so_and_each_service_fails_in_its_own_way(port: int) -> None:
+    limiter = RedisLimiter(f"redis://127.0.0.1:{port}")
     app = RateLimitASGI(
         Service200(),
         limiter=limiter,

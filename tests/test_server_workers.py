@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ class App:
             raise ValueError("the factory failed")
         self.settings = settings
         self.draining = asyncio.Event()
+        self.waiting = 0  # requests that it lets wait
 
     def begin_drain(self):
         self.draining.set()
@@ -56,12 +57,15 @@ class App:
             await send({"type": "lifespan.shutdown.complete"})
             return
         if scope["path"] == "/until-drain":
+            self.waiting += 1
             await self.draining.wait()
         elif scope["path"] == "/forever":
+            self.waiting += 1
             await asyncio.Event().wait()
         names = "GATEWAY_WORKER", "GATEWAY_WORKERS", "PROMETHEUS_MULTIPROC_DIR"
         facts = {name: os.environ.get(name) for name in names}
         facts |= {"pid": os.getpid(), "answer": self.settings.answer, "draining": self.draining.is_set()}
+        facts["waiting"] = self.waiting
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": json.dumps(facts).encode()})
 
@@ -99,12 +103,12 @@ def eventually(look: Callable[[], T | None], seconds: float = 10.0) -> T:
 class Served:
     """A supervisor in a process of its own, and how to talk to it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, port: int) -> None:
         self.program = directory / "program.py"
         self.program.write_text(PROGRAM)
         self.settings = directory / "settings.json"
         self.log = directory / "log"
-        self.port = free_port()
+        self.port = port
         self.write()
 
     def write(self, answer: str = "one", fault: str = "", **edge: Any) -> None:
@@ -161,26 +165,18 @@ class Served:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    served = Served(tmp_path)
+def served(tmp_path: Path, port: int) -> Iterator[Served]:
+    served = Served(tmp_path, port)
     yield served
     if hasattr(served, "process") and served.process.poll() is None:
         served.end_at_once()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def is_gone(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it ends while it is read
         return True
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -219,12 +215,12 @@ def test_answers_in_flight_are_finished_before_it_ends(served: Served) -> None:
     served.is_up()
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(served.get, "/until-drain")
-        idle = socket.create_connection(("127.0.0.1", served.port))  # has a second for a request
-        served.signal(signal.SIGTERM)
-        assert answer.result(10)["draining"]
-        idle.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert b"connection: close" in idle.recv(1000)
-        idle.close()
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as idle:  # has a second for a request
+            eventually(lambda: served.get()["waiting"])  # by a later connection than the idle one: that is accepted too
+            served.signal(signal.SIGTERM)
+            assert answer.result(10)["draining"]
+            idle.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert b"connection: close" in idle.recv(1000)
     assert served.ends() == 0
 
 
@@ -243,6 +239,7 @@ def test_a_second_signal_ends_it_at_once(served: Served) -> None:
     served.pids(2)
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(served.get, "/forever")
+        eventually(lambda: served.get()["waiting"])
         served.signal(signal.SIGTERM)
         eventually(lambda: served.get()["draining"])
         served.signal(signal.SIGTERM)
@@ -254,28 +251,33 @@ def test_sighup_replaces_the_workers_and_no_request_fails(served: Served) -> Non
     served.start(workers=2)
     old = served.pids(2)
     stop = threading.Event()
+    answers: list[set[str]] = [set() for _ in range(4)]
     with ThreadPoolExecutor() as pool:
-        clients = [pool.submit(keep_asking, served, kept_alive, stop) for kept_alive in (True, True, False, False)]
-        served.write(answer="two")
-        served.signal(signal.SIGHUP)
-        eventually(lambda: all(map(is_gone, old)))
-        stop.set()
-        answers = [client.result(10) for client in clients]
-    assert all({"one", "two"} == set(given) for given in answers)
+        clients = [
+            pool.submit(keep_asking, served, kept_alive, to, stop)
+            for kept_alive, to in zip((True, True, False, False), answers, strict=True)
+        ]
+        try:
+            eventually(lambda: all(given == {"one"} for given in answers))
+            served.write(answer="two")
+            served.signal(signal.SIGHUP)
+            eventually(lambda: all(map(is_gone, old)))
+            eventually(lambda: all(given == {"one", "two"} for given in answers))
+        finally:
+            stop.set()
+            for client in clients:
+                client.result(10)
     assert not served.pids(2) & old
 
 
-def keep_asking(served: Served, kept_alive: bool, stop: threading.Event) -> list[str]:
-    """Ask without a pause; what was answered. One connection as long as the server lets it, or one for each request."""
-    answers = []
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)
-    while not stop.is_set():
-        connection.request("GET", "/")
-        answers.append(json.loads(connection.getresponse().read())["answer"])
-        if not kept_alive:
-            connection.close()
-    connection.close()
-    return answers
+def keep_asking(served: Served, kept_alive: bool, answers: set[str], stop: threading.Event) -> None:
+    """Ask without a pause, by one connection as long as the server lets it, or by one for each request."""
+    with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)) as connection:
+        while not stop.is_set():
+            connection.request("GET", "/")
+            answers.add(json.loads(connection.getresponse().read())["answer"])
+            if not kept_alive:
+                connection.close()
 
 
 def test_a_reload_that_fails_changes_nothing_and_says_why(served: Served) -> None:
@@ -312,6 +314,7 @@ def test_a_lone_worker_that_dies_is_replaced_while_its_predecessor_still_drains(
     first = served.is_up()["pid"]
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(served.get, "/forever")
+        eventually(lambda: served.get()["waiting"])
         served.signal(signal.SIGHUP)
         second = eventually(lambda: {served.get()["pid"]} - {first}).pop()
         os.kill(second, signal.SIGKILL)

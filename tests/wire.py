@@ -4,8 +4,8 @@ import asyncio
 import re
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,18 @@ from starlette.types import ASGIApp
 from gateway.policies.edge import EdgeLimits
 from gateway.server.worker import GatewayServer, server_config
 from gateway.server.workers import bind
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port of 127.0.0.1 for a server in another process; nobody else is given it meanwhile.
+
+    It refuses connections until somebody listens there, which takes SO_REUSEADDR; servers set it.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 class RunningServer(uvicorn.Server):
