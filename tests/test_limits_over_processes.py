@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from gateway.policies.token_bucket import HOUR_US
-from tests.redis_server import RedisServer, free_port, redis_server
-from tests.wire import Answer, Service, call, parse, service, until
+from tests.redis_server import RedisServer, redis_server
+from tests.wire import Answer, Service, call, parse, reserved_port, service, until
 
 LIMIT = 1000
 WORKERS = 4
@@ -118,7 +118,7 @@ async def test_two_gateways_of_four_workers_admit_one_caller_to_the_token(
     redis: RedisServer, upstream: Service, tmp_path: Path
 ) -> None:
     async with AsyncExitStack() as gateways:
-        ports = [free_port(), free_port()]
+        ports = [gateways.enter_context(reserved_port()) for _ in range(2)]
         starting = [serving(tmp_path, upstream, port, REDIS_URL=redis.url) for port in ports]
         await asyncio.gather(*map(gateways.enter_async_context, starting))
         await until(lambda: clients(redis) == 2 * WORKERS, timeout=20)
@@ -139,8 +139,10 @@ async def test_two_gateways_of_four_workers_admit_one_caller_to_the_token(
     assert LIMIT + refilled[0] <= count <= LIMIT + refilled[1]
 
 
-async def test_four_workers_without_redis_admit_no_more_than_the_limit(upstream: Service, tmp_path: Path) -> None:
-    port, answers = free_port(), list[Answer]()
+async def test_four_workers_without_redis_admit_no_more_than_the_limit(
+    upstream: Service, tmp_path: Path, port: int
+) -> None:
+    answers: list[Answer] = []
     async with serving(tmp_path, upstream, port):
         began = time.monotonic()
         async with asyncio.timeout(20):
@@ -153,9 +155,9 @@ async def test_four_workers_without_redis_admit_no_more_than_the_limit(upstream:
 
 
 async def test_64_callers_at_once_cost_redis_a_round_trip_for_each_ten_requests_at_most(
-    redis: RedisServer, upstream: Service, tmp_path: Path
+    redis: RedisServer, upstream: Service, tmp_path: Path, port: int
 ) -> None:
-    port, callers, times = free_port(), 64, 20
+    callers, times = 64, 20
     async with serving(tmp_path, upstream, port, workers=1, REDIS_URL=redis.url):
 
         async def ask(number: int) -> None:

@@ -9,7 +9,8 @@ import pytest
 from gateway.backends.redis import RedisLimiter
 from gateway.policies.token_bucket import Limits
 from gateway.settings import Settings
-from tests.redis_server import RedisServer, free_port, redis_server
+from tests.redis_server import RedisServer, redis_server
+from tests.wire import reserved_port
 
 LIMITS = Limits.of(60, 1000)
 CERTIFICATE, KEY = (str(Path(__file__).parent / "tls" / name) for name in ("cert.pem", "key.pem"))
@@ -28,11 +29,11 @@ def server() -> Iterator[RedisServer]:
 @pytest.fixture(scope="module")
 def tls_port() -> Iterator[int]:
     """Of a server that has one."""
-    port = free_port()
-    options = ("--tls-port", str(port), "--tls-cert-file", CERTIFICATE, "--tls-key-file", KEY)
-    with redis_server(*options, "--tls-ca-cert-file", CERTIFICATE, "--tls-auth-clients", "no") as server:
-        server.command("ACL", "SETUSER", "gateway", "on", f">{SECRET}", *NEEDED)
-        yield port
+    with reserved_port() as port:
+        options = ("--tls-port", str(port), "--tls-cert-file", CERTIFICATE, "--tls-key-file", KEY)
+        with redis_server(*options, "--tls-ca-cert-file", CERTIFICATE, "--tls-auth-clients", "no") as server:
+            server.command("ACL", "SETUSER", "gateway", "on", f">{SECRET}", *NEEDED)
+            yield port
 
 
 async def reached(url: str) -> str:
