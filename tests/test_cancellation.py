@@ -271,7 +271,7 @@ CASES += [
         "RST",
         id="sending_a_body_that_the_service_does_not_read-RST",
         marks=pytest.mark.xfail(
-            strict=True, reason="GatewayProtocol does not ask the kernel about a client while it reads nothing from it"
+            strict=True, reason="an upload that waits for the service does not hear what the server knows of the client"
         ),
     ),
 ]

@@ -37,7 +37,7 @@ from gateway.server.http1 import (
     read_head,
     refuse_early,
 )
-from gateway.server.websocket import MAX_LINE, GatewayWebSocket, is_of_handshake
+from gateway.server.websocket import MAX_LINE, GatewayWebSocket, is_of_handshake, tcp_state
 
 logger = logging.getLogger("gateway.server")
 
@@ -521,8 +521,8 @@ class GatewayProtocol(asyncio.Protocol):
         """Called by the sweep: whatever is overdue is ended."""
         if self.due <= now:
             self._overdue()
-        if self.peer_is_done and self.state != CLOSED and self._is_reset():
-            self._abort()
+        if (self.peer_is_done or self.reading_paused) and self.state != CLOSED and self._is_reset():
+            self._abort()  # what is not read does not tell that nobody is there any more
         unsent = self.transport.get_write_buffer_size()
         left = self.written - unsent
         if not unsent or left != self.seen:
@@ -621,12 +621,7 @@ class GatewayProtocol(asyncio.Protocol):
             self._abort()
 
     def _is_reset(self) -> bool:
-        connection: socket.socket | None = self.transport.get_extra_info("socket")
-        if connection is None or not hasattr(socket, "TCP_INFO"):
-            return False
-        with suppress(OSError):
-            return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSED
-        return False
+        return tcp_state(self.transport) == TCP_CLOSED
 
     def pause_reading(self) -> None:
         if not self.reading_paused:
