@@ -44,6 +44,7 @@ class Processes:
         self._tested = ["taskset", "--cpu-list", str(first)]
         self._others = ["taskset", "--cpu-list", ",".join(map(str, others or [first]))]
         self._started: list[subprocess.Popen[bytes]] = []
+        self._holders: list[socket.socket] = []
 
     def __enter__(self) -> "Processes":
         return self
@@ -59,7 +60,21 @@ class Processes:
                 process.wait(max(0.0, give_up - time.monotonic()))
             _signal(process, signal.SIGKILL)  # what is left of its group, too
             process.wait()
+        for holder in self._holders:
+            holder.close()
         self._scratch.cleanup()
+
+    def reserve_port(self) -> int:
+        """A port of loopback for a server that is to be started: nobody else is given it before the end.
+
+        The server must set SO_REUSEADDR, as they do.
+        """
+        holder = socket.socket()
+        self._holders.append(holder)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))  # without listening: connections are refused until the server does
+        port: int = holder.getsockname()[1]
+        return port
 
     def start(
         self, name: str, command: Sequence[str], *, tested: bool = False, environment: Mapping[str, str] | None = None
@@ -137,13 +152,6 @@ class Processes:
 def python(module: str, *arguments: str) -> list[str]:
     """The command that runs a module of this checkout."""
     return [sys.executable, "-m", module, *arguments]
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-        return port
 
 
 def raise_open_files(wanted: int = OPEN_FILES) -> int:

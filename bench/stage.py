@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.case import Say
-from bench.processes import ROOT, SEARCH_PATH, BenchError, Processes, free_port, python
+from bench.processes import ROOT, SEARCH_PATH, BenchError, Processes, python
 from bench.service import BODY
 
 PATH = "/api/v1/recommendations/top"
@@ -77,11 +77,11 @@ class Running:
 def set_up(say: Say) -> Iterator[Stage]:
     """The service, and Redis where it is installed; all that is started on the stage ends with it."""
     with Processes() as processes:
-        service, redis, script = free_port(), 0, ""
+        service, redis, script = processes.reserve_port(), 0, ""
         process = processes.start("service", python("bench.service", str(service)))
         processes.await_answer("service", process, service, PATH)
         if shutil.which("redis-server", path=SEARCH_PATH):
-            redis = free_port()
+            redis = processes.reserve_port()
             options = ["--bind", "127.0.0.1", "--port", str(redis), "--save", "", "--appendonly", "no"]
             processes.start("redis", ["redis-server", *options])
             script = _load_script(redis)
@@ -96,7 +96,7 @@ def start(stage: Stage, server: Server) -> Running:
     Raises:
         BenchError: it did not start, or does not pass on what the service answers.
     """
-    port = free_port()
+    port = stage.processes.reserve_port()
     environment = server.environment(stage)
     process = stage.processes.start(server.name, server.command(stage, port), tested=True, environment=environment)
     if stage.processes.await_answer(server.name, process, port, PATH) != BODY:
