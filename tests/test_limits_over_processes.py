@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,8 +37,8 @@ async def upstream() -> AsyncIterator[Service]:
 @asynccontextmanager
 async def serving(
     directory: Path, upstream: Service, port: int, *, workers: int = WORKERS, **environ: str
-) -> AsyncIterator[None]:
-    """``ai-gateway serve`` in processes of its own, of which the first one answers."""
+) -> AsyncIterator[int]:
+    """``ai-gateway serve`` in processes of its own, of which the first one answers; the supervisor's ID."""
     settings = {
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "PATH": os.environ["PATH"],
@@ -59,7 +60,7 @@ async def serving(
                     if (await call(port, "/health")).status == 200:
                         break
                 await asyncio.sleep(0.02)
-        yield
+        yield process.pid
     finally:
         process.terminate()
         assert await asyncio.to_thread(process.wait, 20) == 0
@@ -158,18 +159,30 @@ async def test_64_callers_at_once_cost_redis_a_round_trip_for_each_ten_requests_
     redis: RedisServer, upstream: Service, tmp_path: Path, port: int
 ) -> None:
     callers, times = 64, 20
-    async with serving(tmp_path, upstream, port, workers=1, REDIS_URL=redis.url):
+    async with (
+        serving(tmp_path, upstream, port, workers=1, REDIS_URL=redis.url) as supervisor,
+        AsyncExitStack() as connected,
+    ):
+        (worker,) = children(supervisor)
+        connections = [await connected.enter_async_context(Connection(port)) for _ in range(callers)]
 
-        async def ask(number: int) -> None:
-            async with Connection(port) as connection:
-                for _ in range(times):
-                    assert (await connection.ask(b"user-%d" % number)).status == 200
+        async def ask_all() -> None:
+            os.kill(worker, signal.SIGSTOP)  # while they are sent, so that they come at once however slow we are
+            asking = [asyncio.ensure_future(each.ask(b"user-%d" % n)) for n, each in enumerate(connections)]
+            await asyncio.sleep(0)
+            os.kill(worker, signal.SIGCONT)
+            assert {answer.status for answer in await asyncio.gather(*asking)} == {200}
 
-        await asyncio.gather(*map(ask, range(callers)))
+        await ask_all()
         before = reads(redis)
-        await asyncio.gather(*map(ask, range(callers)))
+        for _ in range(times):
+            await ask_all()
         round_trips = reads(redis) - before
     assert round_trips <= 0.1 * callers * times
+
+
+def children(process: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
 
 
 def reads(redis: RedisServer) -> int:
