@@ -31,6 +31,7 @@ from tests.wire import (
     Request,
     Service,
     Writer,
+    connected,
     parse,
     read_body,
     reply,
@@ -476,8 +477,7 @@ async def test_line_49_a_service_that_does_not_read_holds_the_sender_of_a_body_b
         await read_body(request, reader)
         writer.write(OK)
 
-    async with rig(read_late, max_body_bytes=size) as gw:
-        reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+    async with rig(read_late, max_body_bytes=size) as gw, connected(gw.port) as (reader, writer):
         writer.write(b"POST /api/x HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % size)
         sent = 0
         with suppress(TimeoutError):
@@ -490,7 +490,6 @@ async def test_line_49_a_service_that_does_not_read_holds_the_sender_of_a_body_b
         writer.write(bytes(size - sent))
         assert (await asyncio.wait_for(reader.read(), 10)).endswith(b"ok")
         assert len(gw.arrived.body) == size
-        writer.close()
 
 
 async def test_line_51_small_writes_are_not_held_back_on_either_side() -> None:

@@ -29,6 +29,11 @@ def reserved_port() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
+# Of each connection that a listener accepts the kernel keeps so many bytes unread. By itself it keeps ever more, up to
+# 32 MiB, the longer a reader falls behind: on a busy machine as much as a gateway that holds nobody back.
+KEEP_LITTLE = (socket.SOL_SOCKET, socket.SO_RCVBUF, 131_072)
+
+
 class RunningServer(uvicorn.Server):
     """uvicorn on a free port of the test's own event loop, without its signal handlers and its ticking."""
 
@@ -37,7 +42,9 @@ class RunningServer(uvicorn.Server):
             self.config.load()
         self.lifespan = self.config.lifespan_class(self.config)
         await self.startup()
-        port: int = self.servers[0].sockets[0].getsockname()[1]
+        listener = self.servers[0].sockets[0]
+        listener.setsockopt(*KEEP_LITTLE)
+        port: int = listener.getsockname()[1]
         return port
 
     async def stop(self) -> None:
@@ -80,6 +87,7 @@ async def serving_at_the_edge(app: ASGIApp, **limits: Any) -> AsyncIterator[int]
     """Serve an application by the gateway's own server, in this loop; gives the port on 127.0.0.1."""
     edge = EdgeLimits(**limits)
     listeners = bind("127.0.0.1", 0)
+    listeners[0].setsockopt(*KEEP_LITTLE)
     ready = asyncio.Event()
     server = GatewayServer(server_config(app, edge), edge, on_ready=ready.set)
     running = asyncio.create_task(server.serve(sockets=listeners))
@@ -159,7 +167,9 @@ class Service:
 
     async def start(self, port: int = 0) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, limit=1 << 20)
-        self.port = self._server.sockets[0].getsockname()[1]
+        listener = self._server.sockets[0]
+        listener.setsockopt(*KEEP_LITTLE)
+        self.port = listener.getsockname()[1]
 
     async def stop(self) -> None:
         self._server.close()
