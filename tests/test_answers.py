@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.context import Cause
+from gateway.outbox import Outbox
 from gateway.proxy import answers
 from gateway.proxy.answers import REMEMBERED, read_head
 from gateway.proxy.headers import Header, answer_fields, joined
@@ -41,7 +42,7 @@ LOOP.close()  # only its clock is needed
 
 def read(pieces: Iterable[bytes], *, method: bytes = b"GET", closes: bool = False) -> tuple[Http1Connection, bytes]:
     """A connection that got these pieces as its answer, and the body; ``closes``: then the service closed it."""
-    connection, wire = Http1Connection(LOOP), Wire()
+    connection, wire = Http1Connection(LOOP, Outbox(LOOP)), Wire()
     connection.connection_made(wire)
     connection.request(method, b"/", b"h", b"", b"", b"")
     body = b""

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from starlette.types import Receive, Scope, Send
 
 from gateway.context import Cause, RequestContext
+from gateway.outbox import Outbox
 from gateway.policies.callers import TrustedProxies
 from gateway.policies.services import Service, ServiceTable, UnsafePathError
 from gateway.problems import ForwardingError, answer
@@ -66,6 +67,7 @@ class ProxyApp:
         self._loop: asyncio.AbstractEventLoop | None = None  # where all the following is at home
         self._home_thread = 0  # in which that loop runs
         self._wheel: TimerWheel | None = None
+        self._outbox: Outbox | None = None
         self._random = random
         self._routes: dict[str, Route] = {}
 
@@ -129,13 +131,13 @@ class ProxyApp:
         self._routes.clear()
         if self._wheel is not None:
             self._wheel.close()
-        self._wheel, self._home_thread = None, 0
+        self._wheel, self._outbox, self._home_thread = None, None, 0
 
     def _settle(self) -> "asyncio.Task[Any]":
         """Start afresh in the loop that runs here: connections belong to one. The task that asks is given back."""
         loop = asyncio.get_running_loop()
         self._loop, self._home_thread = loop, get_ident()
-        self._wheel = TimerWheel(loop)
+        self._wheel, self._outbox = TimerWheel(loop), Outbox(loop)
         self._routes.clear()
         task = asyncio.current_task(loop)
         assert task is not None
@@ -143,9 +145,11 @@ class ProxyApp:
 
     def _add_route(self, service: Service) -> Route:
         assert self._wheel is not None
+        assert self._outbox is not None
         route = Route(
             service,
             wheel=self._wheel,
+            outbox=self._outbox,
             max_connections=self.max_connections,
             random=self._random,
             upstream=self.upstreams.get(service.name),

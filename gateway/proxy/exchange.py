@@ -106,6 +106,7 @@ class Exchange(Deadline):
         """
         now, route, context = self._now, self.route, self.context
         route.wheel.add(self)
+        route.outbox.under_way += 1
         error = None
         try:
             self._refuse_unfit()
@@ -148,6 +149,7 @@ class Exchange(Deadline):
             error = self._own_abort(cancelled)
         finally:
             self._over = True
+            route.outbox.under_way -= 1
             route.wheel.remove(self)
             if self._listener is not None:
                 self._listener.cancel()

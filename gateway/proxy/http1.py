@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import cast
 
 from gateway.context import Cause
+from gateway.outbox import Outbox
 from gateway.policies.framing import ChunkedBody, MalformedError
 from gateway.problems import ForwardingError
 from gateway.proxy.answers import CHUNKED, UNTIL_CLOSE, read_head, refuse_early
@@ -28,8 +29,10 @@ class Http1Connection(asyncio.Protocol):
         "_expects_body",
         "_framing",
         "_goes_on",
+        "_held",
         "_informational",
         "_loop",
+        "_outbox",
         "_partial",
         "_reading_paused",
         "_remaining",
@@ -53,8 +56,10 @@ class Http1Connection(asyncio.Protocol):
     headers: list[Header]
     content_length: int | None
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, outbox: Outbox) -> None:
         self._loop = loop
+        self._outbox = outbox
+        self._held = b""  # the head of a request, and what there is of its body, until the outbox lets it go
         self.transport: asyncio.Transport | None = None
         self.is_closing = True  # the connection is closed, or about to be
         self.on_lost: Callable[[Http1Connection], None] | None = None
@@ -89,7 +94,11 @@ class Http1Connection(asyncio.Protocol):
             return
         assert self.transport is not None
         form = b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n%b"
-        self.transport.write(form % (method, target, host, fields, framing, body))
+        data = form % (method, target, host, fields, framing, body)
+        if self._outbox.holds(self, self._outbox.under_way):
+            self._held = data
+        else:
+            self.transport.write(data)
 
     def write(self, part: bytes) -> None:
         """Send a further part of the request's body."""
@@ -127,6 +136,12 @@ class Http1Connection(asyncio.Protocol):
     def silent(self) -> bool:
         """No byte of an answer has come since ``request``."""
         return not (self.head_complete or self._partial or self._informational)
+
+    def flush(self) -> None:
+        """Send what was held back of a request."""
+        data, self._held = self._held, b""
+        if data and not self.is_closing and self.transport is not None:
+            self.transport.write(data)
 
     def abort(self) -> None:
         """Close at once, whatever is under way: the service sees its caller leave."""
@@ -260,6 +275,8 @@ class Http1Connection(asyncio.Protocol):
         return self._framing.startswith(b"transfer-encoding")
 
     def _send(self, data: bytes) -> None:
+        if self._held:
+            self.flush()
         if self.error is None and self.transport is not None:
             self.transport.write(data)
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from gateway.context import Cause
+from gateway.outbox import Outbox
 from gateway.policies.services import Address
 from gateway.problems import ForwardingError
 from gateway.proxy.http1 import Http1Connection
@@ -71,6 +72,7 @@ class ConnectionPool:
         idle_timeout: seconds after which a connection is not used again: less than services keep theirs.
         max_age: seconds after which even a busy one is not: then its name is looked up again.
         tls: how to speak TLS, where the address asks for it.
+        outbox: of the running event loop, if requests share one.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class ConnectionPool:
         idle_timeout: float = 4.0,
         max_age: float = 300.0,
         tls: ssl.SSLContext | None = None,
+        outbox: Outbox | None = None,
     ) -> None:
         self.address = address
         self.limit = limit
@@ -89,6 +92,7 @@ class ConnectionPool:
         self.idle_timeout = idle_timeout
         self.max_age = max_age
         self._tls = tls
+        self._outbox = outbox
         self._idle: list[Http1Connection] = []  # the last given back is the first taken: the others may go stale
         self._open = 0  # connecting, busy and idle
         self._made_at: dict[Http1Connection, float] = {}  # of each busy and idle one, seconds on the loop's clock
@@ -150,9 +154,10 @@ class ConnectionPool:
             ForwardingError: the replica can't be reached.
         """
         loop = asyncio.get_running_loop()
+        outbox = self._outbox or Outbox(loop)
         made = False
         try:
-            connection = await connect(self.address, lambda: Http1Connection(loop), self._tls)
+            connection = await connect(self.address, lambda: Http1Connection(loop, outbox), self._tls)
             made = True
         except OSError as error:  # TLS errors are among them
             raise ForwardingError(Cause.CONNECT_FAILED, f"The service can't be reached: {_in_words(error)}") from error

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gateway.outbox import Outbox
 from gateway.policies.replicas import Replicas
 from gateway.policies.retry import RetryBudget
 from gateway.policies.services import Address, Service
@@ -112,6 +113,7 @@ class Route:
     Args:
         service: the service.
         wheel: the deadlines of all requests on the running event loop.
+        outbox: what they have to send.
         max_connections: to each replica.
         random: what the choice among replicas and the back-off draw from: numbers from 0 up to 1.
         upstream: the httpx transport or client to reach it through, in place of connections of our own.
@@ -125,12 +127,14 @@ class Route:
         service: Service,
         *,
         wheel: TimerWheel,
+        outbox: Outbox,
         max_connections: int,
         random: Callable[[], float],
         upstream: "Upstream | None" = None,
     ) -> None:
         self.service = service
         self.wheel = wheel
+        self.outbox = outbox
         self.loop = wheel.loop
         self.random = random
         self.look_after = min(LISTEN_AFTER, service.timeouts.client)  # seconds, at a request that is not over by then
@@ -159,7 +163,7 @@ class Route:
     def _pool(self, address: Address) -> UpstreamPool:
         service, upstream = self.service, self._upstream
         if upstream is None and service.proxy is None and not service.http2:
-            return ConnectionPool(address, limit=self._limit, tls=self.tls)
+            return ConnectionPool(address, limit=self._limit, tls=self.tls, outbox=self.outbox)
         from gateway.proxy.httpx_upstream import ExclusiveTransport, HttpxPool  # loads httpx, which few services need
 
         if upstream is None:

@@ -22,6 +22,7 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
 from gateway.context import KEY, RequestContext
+from gateway.outbox import Outbox
 from gateway.policies.edge import EdgeLimits
 from gateway.problems import error_body
 from gateway.server.http1 import (
@@ -102,6 +103,7 @@ class Edge:
     Attributes:
         limits: the caps and deadlines.
         idle_timeout: seconds that an idle connection has for one more request.
+        outbox: what they have to send.
         connections: all that are open, but WebSockets.
         draining: answers close their connection.
         has_task_factory: the event loop lets somebody else make its tasks.
@@ -117,6 +119,7 @@ class Edge:
         self.idle_timeout = limits.keep_alive_timeout
         self.loop = loop
         self.has_task_factory = loop.get_task_factory() is not None
+        self.outbox = Outbox(loop)
         self.connections: set[GatewayProtocol] = set()
         self.draining = False
         self.leaving = False
@@ -172,6 +175,7 @@ class GatewayProtocol(asyncio.Protocol):
         "cycle",
         "due",
         "edge",
+        "held",
         "line",
         "loop",
         "peer_is_done",
@@ -220,6 +224,7 @@ class GatewayProtocol(asyncio.Protocol):
         self.writing_paused = False
         self.writable_waiters: list[asyncio.Future[None]] = []
         self.written = 0
+        self.held = b""  # what of it waits in the outbox
         self.seen = -1  # bytes of ``written`` that had left when the sweep last saw progress, at ``seen_at``
         self.seen_at = 0.0
 
@@ -456,6 +461,7 @@ class GatewayProtocol(asyncio.Protocol):
         if self.peer_is_done:  # it would not be told again
             self.close()
             return
+        self.flush()
         self.resume_reading()  # first, for the WebSocket may pause it
         websocket = GatewayWebSocket(self.config, self.server_state, self.app_state, self.loop)
         if any(len(name) + len(value) > MAX_LINE for name, value in scope["headers"] if is_of_handshake(name)):
@@ -472,11 +478,24 @@ class GatewayProtocol(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         self.written += len(data)
+        if self.held:
+            self.flush()
+        elif self.edge.outbox.holds(self, len(self.tasks)):
+            self.held = data
+            return
         self.transport.write(data)
 
     def write_all(self, pieces: list[bytes]) -> None:
         self.written += sum(map(len, pieces))
+        if self.held:
+            self.flush()
         self.transport.writelines(pieces)
+
+    def flush(self) -> None:
+        """Send what was held back."""
+        data, self.held = self.held, b""
+        if data and not self.transport.is_closing():
+            self.transport.write(data)
 
     async def writable(self) -> None:
         """Wait until the client has read most of what was written, or has left."""
@@ -523,7 +542,7 @@ class GatewayProtocol(asyncio.Protocol):
             self._overdue()
         if (self.peer_is_done or self.reading_paused) and self.state != CLOSED and self._is_reset():
             self._abort()  # what is not read does not tell that nobody is there any more
-        unsent = self.transport.get_write_buffer_size()
+        unsent = self.transport.get_write_buffer_size() + len(self.held)
         left = self.written - unsent
         if not unsent or left != self.seen:
             self.seen, self.seen_at = left, now
@@ -555,6 +574,7 @@ class GatewayProtocol(asyncio.Protocol):
         """Close once what was written has been sent."""
         self.state = CLOSED
         self.due = ENDLESS
+        self.flush()
         self.transport.close()
 
     def _abort(self) -> None:
@@ -584,6 +604,7 @@ class GatewayProtocol(asyncio.Protocol):
         self.state = LINGERING
         self._wait_for_client(self.edge.limits.discard_timeout)
         self.resume_reading()
+        self.flush()
         if self.transport.can_write_eof():
             self.transport.write_eof()
 
@@ -901,8 +922,7 @@ class RequestCycle:
             pieces.append(body)
             pieces.append(after)
             if data := b"".join(pieces):
-                connection.written += len(data)
-                connection.transport.write(data)
+                connection.write(data)
         if not more_body:
             self._comes_next = ""
             if self._waiters:
