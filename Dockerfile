@@ -5,17 +5,22 @@ ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
-# The locked dependencies first: they change less often than the code, and their layer is kept between builds.
-COPY requirements/base.txt requirements/build.txt requirements/
+# A compiler, and Python's headers where the base keeps them in a package of their own.
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev \
+ && { python3 -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
+      || apt-get install -y -qq --no-install-recommends python3-dev; }
+# The locked dependencies first: they change less often than the code, and their layer is kept between builds. The
+# compiler is told the types of those that the gateway runs with.
+COPY requirements/base.txt requirements/native.txt requirements/
 RUN python3 -m venv --without-pip /opt/gateway \
  && python3 -m venv /opt/build \
- && /opt/build/bin/pip install --require-hashes --only-binary :all: -r requirements/build.txt \
+ && /opt/build/bin/pip install --require-hashes --only-binary :all: -r requirements/native.txt -r requirements/base.txt \
  && /opt/build/bin/pip --python /opt/gateway/bin/python install --no-compile --require-hashes --only-binary :all: \
       -r requirements/base.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY gateway gateway
-# Compiled once, here, and never checked again: the root of the image that runs is read-only.
-RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /tmp/wheels . \
+# Compiled once, here, to machine code and to bytecode that is never checked again: the root of what runs is read-only.
+RUN HATCH_BUILD_HOOKS_ENABLE=1 /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /tmp/wheels . \
  && /opt/build/bin/pip --python /opt/gateway/bin/python install --no-compile --no-deps --no-index /tmp/wheels/*.whl \
  && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/gateway/lib
 

@@ -4,6 +4,7 @@ Mistakes in the settings are printed all at once on standard error, before anyth
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 DOTENV = ".env"  # in the working directory
 MISTAKEN = 2
+CONTEXT = find_spec("gateway.context")  # among what is compiled where anything is
+COMPILED = " (compiled)" if CONTEXT and not str(CONTEXT.origin).endswith(".py") else ""
 a_port = click.IntRange(0, 65535)
 with_config = click.option("--config", metavar="FILE", help="A TOML file of settings, in place of GATEWAY_CONFIG.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="ai-gateway", message="%(prog)s %(version)s")
+@click.version_option(__version__, prog_name="ai-gateway", message=f"%(prog)s %(version)s{COMPILED}")
 def main() -> None:
     """An API gateway for AI services.
 

@@ -1,6 +1,6 @@
 """What the layers tell one another about one request: a single object in place of many dictionaries."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from math import inf
@@ -177,7 +177,7 @@ class RequestContext:
         self.replaced = names
         self.added += lines
 
-    def unreplaced(self, headers: Iterable[Header]) -> Iterable[Header]:
+    def unreplaced(self, headers: Iterable[Sequence[bytes]]) -> Iterable[Sequence[bytes]]:
         """Of an answer's header fields those that none of ``added`` takes the place of."""
         fields = [*headers]
         if self.replaced.isdisjoint(map(NAME, fields)):

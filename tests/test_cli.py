@@ -15,7 +15,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from gateway import __version__
+from gateway import __version__, context
 from gateway.cli import main
 
 MISTAKES = {"RETRIES": "x", "REDIS_ULR": "redis://:hunter2@redis", "CONNECT_TIMEOUT": "2s"}
@@ -64,9 +64,10 @@ def started(*command: str, **environ: str) -> Iterator["subprocess.Popen[str]"]:
 
 
 def test_the_version_is_told() -> None:
-    assert run("--version") == (0, f"ai-gateway {__version__}\n", "")
+    kind = " (compiled)" if str(context.__file__).endswith(".so") else ""
+    assert run("--version") == (0, f"ai-gateway {__version__}{kind}\n", "")
     told = subprocess.run([sys.executable, "-m", "gateway", "--version"], capture_output=True, text=True, check=True)
-    assert told.stdout == f"ai-gateway {__version__}\n"
+    assert told.stdout == f"ai-gateway {__version__}{kind}\n"
 
 
 def test_check_shows_the_services_that_come_of_the_settings() -> None:

@@ -513,10 +513,10 @@ async def test_what_the_server_refuses_before_it_is_a_request_is_logged_and_coun
 async def test_a_fault_of_the_gateways_own_is_500_without_detail(monkeypatch: pytest.MonkeyPatch) -> None:
     async with gateway() as gw:
 
-        async def explode(*_: object) -> None:
+        def explode() -> int:
             raise RuntimeError("password=hunter2")
 
-        monkeypatch.setattr(gw.app.limiter, "take", explode)  # injected: no input is known to do it
+        monkeypatch.setattr(gw.app.limiter, "clock", explode)  # injected: no input is known to do it
         answer = await gw.call()
         assert answer.status == 500
         assert error(answer)["message"] == "An unexpected error occurred"

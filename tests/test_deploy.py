@@ -390,10 +390,13 @@ def test_the_build_system_is_locked() -> None:
 # What CI runs.
 
 
-def test_ci_runs_the_checks_and_then_the_tests_once() -> None:
+def test_ci_runs_the_checks_and_then_the_tests_once_interpreted_and_once_compiled() -> None:
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111 == 0o111
     lines = script.read_text().splitlines()
-    assert [line for line in lines if line.startswith("make ")] == ["make lint", "make test"]
-    assert lines[-1] == "make test"
+    commands = [
+        line.partition("#")[0].strip() for line in lines if "make " in line and not line.startswith((" ", "#", "if"))
+    ]
+    assert commands == ["make lint", "COVERAGE=1 make test", "make native test"]
+    assert lines[-1].startswith(commands[-1])
     assert "set -euo pipefail" in lines

@@ -186,3 +186,29 @@ async def test_a_correlation_id_is_on_denials_and_acceptances_of_websockets() ->
     answer = await call(CorrelationASGI(deny), websocket("/x", headers=[(b"x-correlation-id", b"not well formed")]))
     (named,) = [value for name, value in answer.sent[0]["headers"] if name == b"x-correlation-id"]
     assert named != b"not well formed"
+
+
+async def test_header_fields_may_be_lists_in_place_of_tuples() -> None:
+    names = ("X-User-ID", "X-Correlation-ID", "Origin", "Connection", "X-Own", "X-Forwarded-For", "Via")
+    headers: list[Any] = [[name.lower().encode(), b"abc"] for name in names]
+    async with service() as upstream:
+        app: ASGIApp = ProxyApp({"/api": upstream.url})
+        for name in sorted(LAYERS):
+            app = LAYERS[name](app)
+        for method in ("GET", "OPTIONS"):
+            answer = await call(app, http("/api/x", method, headers=headers, client=("127.0.0.1", 1)))
+            assert (answer.error, answer.status) == (None, 200)
+            assert answer.headers[b"x-correlation-id"] == b"abc"
+            assert upstream.requests[-1].values(b"x-own") == [b"abc"]
+
+    async def answers_in_lists(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [[b"content-length", b"0"], [b"x-a", b"1"]]}
+        )
+        await send({"type": "http.response.body", "body": b""})
+
+    app = answers_in_lists
+    for name in sorted(LAYERS):
+        app = LAYERS[name](app)
+    answer = await call(app, http("/api/x", headers=headers))
+    assert (answer.error, answer.headers[b"x-a"]) == (None, b"1")

@@ -210,15 +210,21 @@ async def test_requests_of_one_connection_share_nothing_that_they_may_change() -
 
 async def test_requests_are_tasks_of_the_event_loops_own_making() -> None:
     def make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
-        made.append(coroutine.__qualname__)
-        return asyncio.Task(coroutine, loop=loop, **options)
+        made.append(asyncio.Task(coroutine, loop=loop, **options))
+        return made[-1]
 
-    made: list[str] = []
+    async def note_task(scope: Scope, receive: Receive, send: Send) -> None:
+        running.append(asyncio.current_task())
+        await say_ok(scope, receive, send)
+
+    made: list[asyncio.Task[Any]] = []
+    running: list[asyncio.Task[Any] | None] = []
     asyncio.get_running_loop().set_task_factory(make_task)
-    async with serving(Application(say_ok)) as port:
+    async with serving(Application(note_task)) as port:
         await talk(port, CLOSE)
     asyncio.get_running_loop().set_task_factory(None)
-    assert "RequestCycle.run" in made
+    assert [*{*running} - {*made}] == []
+    assert len(running) == 1
 
 
 async def test_the_authority_of_an_absolute_target_becomes_the_host() -> None:

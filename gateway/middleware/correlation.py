@@ -1,11 +1,11 @@
 """Correlation IDs: one name for a request, shared by its caller, our logs and the upstream."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.context import KEY, Header, RequestContext
+from gateway.context import KEY, RequestContext
 from gateway.watch import Watch
 
 SAFE = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")  # in a header, a log line, a URL
@@ -74,7 +74,7 @@ class CorrelationASGI:
         scope["headers"] = [*headers, (header, chosen)]
         await self.app(scope, receive, send)
 
-    def _take(self, headers: Sequence[Header]) -> tuple[bytes, Sequence[Header]]:
+    def _take(self, headers: Iterable[Sequence[bytes]]) -> tuple[bytes, list[Sequence[bytes]]]:
         """The ID among these headers, empty unless it is one and well formed, and the others."""
         received = [value for name, value in headers if name == self.header]
         chosen = received[0] if len(received) == 1 and is_well_formed(received[0]) else b""

@@ -54,7 +54,9 @@ class ErrorsASGI:
                 with suppress(OSError, RuntimeError):  # the peer may be gone already, and the server may say so
                     await send({"type": "websocket.close", "code": INTERNAL_ERROR, "reason": ""})
             else:
-                raise ConnectionAbortedError(MESSAGE) from error
+                aborted = ConnectionAbortedError(MESSAGE)
+                aborted.__cause__ = error  # compiled, `from` alone would lose it
+                raise aborted from error
 
 
 def _log(scope: Scope, context: RequestContext, error: Exception) -> None:

@@ -1,7 +1,7 @@
 """Rate limits: each caller its tokens, every answer saying what is left, and a refusal that says when to come back."""
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Protocol
 
@@ -207,7 +207,7 @@ class _Plan:
         return self._refusal + (b"null}}" if retry_after is None else b"%d}}" % retry_after)
 
 
-def _is_preflight(headers: Iterable[Header]) -> bool:
+def _is_preflight(headers: Iterable[Sequence[bytes]]) -> bool:
     """A CORS preflight (Fetch standard): a browser's question, not the caller's request."""
     names = {name for name, _ in headers}
     return b"origin" in names and b"access-control-request-method" in names

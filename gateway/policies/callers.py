@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 UNIX = "unix"  # the peer of a unix socket, which has no address
 LOCAL_PEERS = ("127.0.0.0/8", "::1", UNIX)
 
-Header = tuple[bytes, bytes]
+Header = Sequence[bytes]  # name and value: some servers give lists
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 

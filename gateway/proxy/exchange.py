@@ -51,7 +51,7 @@ SUCCESS, FAILURE, NEUTRAL = Outcome.SUCCESS, Outcome.FAILURE, Outcome.NEUTRAL
 logger = logging.getLogger("gateway.proxy")
 
 
-class Exchange(Deadline):
+class Exchange:
     """One HTTP request, from its first byte to its terminal cause.
 
     What ends it early - a timer, the client's leaving, the gateway's stopping - cancels its task with the reason set
@@ -79,6 +79,7 @@ class Exchange(Deadline):
         now = self._now()
         self._phase_ends = now + route.service.timeouts.client
         self.due = now + route.look_after
+        self.slot: set[Deadline] | None = None
         self._fields = RequestFields(scope["headers"])
         self._aborted: ForwardingError | None = None
         self._listener: asyncio.Task[None] | None = None  # reads what the client still sends, and whether it leaves

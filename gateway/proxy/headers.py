@@ -117,7 +117,7 @@ class RequestFields:
 
     __slots__ = ("_headers", "_shape", "_values", "host", "length", "plain")
 
-    def __init__(self, headers: Sequence[Header]) -> None:
+    def __init__(self, headers: Sequence[Sequence[bytes]]) -> None:
         names, values = zip(*headers) if headers else ((), ())  # noqa: B905 - an argument more, and they are pairs
         shape = _shapes[names]
         self._headers = headers
@@ -168,7 +168,7 @@ class RequestFields:
         return b"idempotency-key" in self.by_name
 
 
-def joined(headers: Iterable[Header]) -> dict[bytes, bytes]:
+def joined(headers: Iterable[Sequence[bytes]]) -> dict[bytes, bytes]:
     """Values by name; several lines of a name are one list (RFC 9110 5.3)."""
     lines: dict[bytes, list[bytes]] = {}
     for name, value in headers:

@@ -2,22 +2,24 @@
 
 import asyncio
 from heapq import heappop, heappush
+from typing import Protocol
 
 TICK = 0.01  # seconds
 
 
-class Deadline:
-    """Something whose ``expire`` is called once ``due`` has passed; moving ``due`` later costs an assignment."""
+class Deadline(Protocol):
+    """Something whose ``expire`` is called once ``due`` has passed; moving ``due`` later costs an assignment.
 
-    __slots__ = ("_slot", "due")
+    Attributes:
+        due: seconds on the event loop's clock.
+        slot: where the wheel keeps it, None outside.
+    """
 
-    def __init__(self, due: float) -> None:
-        self.due = due
-        self._slot: set[Deadline] | None = None
+    due: float
+    slot: "set[Deadline] | None"
 
     def expire(self) -> None:
         """What happens then."""
-        raise NotImplementedError
 
 
 class TimerWheel:
@@ -47,13 +49,13 @@ class TimerWheel:
         if slot is None:
             slot = self._open(tick)
         slot.add(deadline)
-        deadline._slot = slot
+        deadline.slot = slot
 
     def remove(self, deadline: Deadline) -> None:
         """Stop watching; nothing happens where it has fired or was never added."""
-        if deadline._slot is not None:
-            deadline._slot.discard(deadline)
-            deadline._slot = None
+        if deadline.slot is not None:
+            deadline.slot.discard(deadline)
+            deadline.slot = None
 
     def bring_forward(self, deadline: Deadline, due: float) -> None:
         """Move ``due``, to any time. (To a later one needs no call: the wheel looks again when it fires.)"""
@@ -92,7 +94,7 @@ class TimerWheel:
         due: list[Deadline] = []
         while self._ticks and self._ticks[0] <= current:
             for deadline in self._slots.pop(heappop(self._ticks)):
-                deadline._slot = None
+                deadline.slot = None
                 due.append(deadline)
         for deadline in due:
             if deadline.due > now:
