@@ -29,6 +29,7 @@ from bench.case import QUICK, Report, Say, Sizes
 from bench.peers import PEERS
 from bench.processes import ROOT, BenchError
 from gateway import __version__
+from gateway.cli import COMPILED
 
 RESULTS = ROOT / "bench" / "out" / "results.json"
 CASES = ("throughput", "latency", "streams", "memory")
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     if len(os.sched_getaffinity(0)) < 2:
         say("only one core: the load and the server under test share it, so the figures mean little")
+    say(f"ai-gateway {__version__}{COMPILED}" + ("" if COMPILED else ", interpreted: `make native` compiles it"))
     reports: dict[str, Report] = {}
     for name in dict.fromkeys(asked.cases or cases):
         try:
@@ -121,7 +123,9 @@ def write(path: Path, cases: dict[str, dict[str, Any]]) -> None:
     }
     when = datetime.now(UTC).isoformat(timespec="seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"when": when, "gateway": __version__, "machine": machine, **cases}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"when": when, "gateway": __version__ + COMPILED, "machine": machine, **cases}, indent=1) + "\n"
+    )
     say(f"figures are in {path}")
 
 
