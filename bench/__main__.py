@@ -52,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     if len(os.sched_getaffinity(0)) < 2:
         say("only one core: the load and the server under test share it, so the figures mean little")
-    say(f"ai-gateway {__version__}{COMPILED}" + ("" if COMPILED else ", interpreted: `make native` compiles it"))
     reports: dict[str, Report] = {}
     for name in dict.fromkeys(asked.cases or cases):
         try:
