@@ -243,6 +243,8 @@ async def test_clients_that_leave_in_every_phase_leave_nothing_behind() -> None:
         async def settle() -> None:
             await until(lambda: len(app.proxy.exchanges) == CONNECTIONS, 15)
             await until(lambda: admission(app).in_flight == CONNECTIONS)
+            assert app.proxy._outbox is not None
+            assert app.proxy._outbox.under_way == CONNECTIONS, "the outbox counts exactly"
             upstream.requests.clear()
 
         await there.leave_often(ABORTS // 5, random)
