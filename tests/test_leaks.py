@@ -259,6 +259,7 @@ async def test_clients_that_leave_in_every_phase_leave_nothing_behind() -> None:
         for _, writer in holding:
             reset(writer)
         await until(lambda: not app.proxy.exchanges)
+        assert app.proxy._outbox.under_way == 0
         await until(lambda: admission(app).in_flight == 0)
         pools = [pool for route in app.proxy._routes.values() for pool in route.pools.values()]
         assert all(not pool._waiting for pool in pools)

@@ -577,6 +577,24 @@ async def test_of_a_stream_no_more_than_one_piece_is_held() -> None:
     assert held == {False, True}
 
 
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+async def test_of_an_answer_that_is_cut_the_client_gets_what_was_held(version: bytes) -> None:
+    async def break_off(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        raise ConnectionAbortedError
+
+    async with busy(break_off) as server:
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.setblocking(False)
+                client.send(GET.replace(b"1.1", version))
+                reader, writer = await asyncio.open_connection(sock=client)
+                cut = await read_answer(reader)
+                assert (cut.body, cut.whole) == (b"half", False)
+                writer.close()
+
+
 async def test_a_client_that_leaves_while_its_answer_waits_harms_nobody() -> None:
     failures: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))

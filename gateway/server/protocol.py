@@ -594,6 +594,7 @@ class GatewayProtocol(asyncio.Protocol):
             if reader_can_tell:
                 self.close()
             else:
+                self.flush()
                 self.abort()
 
     def _linger(self) -> None:
