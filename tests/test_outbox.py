@@ -228,6 +228,7 @@ def test_a_clients_bytes_leave_once_and_in_order(steps: list[tuple[int, str]]) -
                 ended.add(at)
             if at not in aborted:
                 assert wires[at].sent + client.held == written[at]
+                assert client.written == len(written[at])
                 assert client.held in (b"", piece), "no more than the last piece is held"
                 assert not client.held or at not in ended
         for _ in range(2):
