@@ -4,10 +4,10 @@ import asyncio
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVarTuple, cast
 
 import pytest
 from hypothesis import given, settings
@@ -51,28 +51,39 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]
     return "asyncio", {"use_uvloop": request.param}
 
 
-class Turns:
-    """The turns of an event loop, made by the test."""
+Ts = TypeVarTuple("Ts")
+
+
+class Turns(asyncio.SelectorEventLoop):
+    """An event loop whose turns are made by the test."""
 
     def __init__(self) -> None:
-        self.due: list[Callable[[], None]] = []
+        super().__init__()
+        self.due: list[asyncio.Handle] = []
         self.failures: list[dict[str, Any]] = []
 
-    def call_soon(self, callback: Callable[[], None]) -> None:
-        self.due.append(callback)
+    def call_soon(self, callback: Callable[[*Ts], object], *args: *Ts, context: Any = None) -> asyncio.Handle:
+        self.due.append(asyncio.Handle(callback, args, self))
+        return self.due[-1]
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         self.failures.append(context)
 
     def turn(self) -> None:
         due, self.due = self.due, []
-        for callback in due:
-            callback()
+        for handle in due:
+            handle._run()
 
     def outbox(self, under_way: int = MANY) -> Outbox:
-        outbox = Outbox(cast("asyncio.AbstractEventLoop", self))
+        outbox = Outbox(self)
         outbox.under_way = under_way
         return outbox
+
+
+@pytest.fixture
+def turns() -> Iterator[Turns]:
+    with closing(Turns()) as turns:
+        yield turns
 
 
 class Letter:
@@ -91,8 +102,8 @@ class Letter:
         self.ends.append("aborted")
 
 
-def test_what_is_held_leaves_in_the_next_turn_but_one() -> None:
-    turns, letters = Turns(), [Letter(), Letter()]
+def test_what_is_held_leaves_in_the_next_turn_but_one(turns: Turns) -> None:
+    letters = [Letter(), Letter()]
     outbox = turns.outbox()
     assert outbox.holds(letters[0], MANY)
     turns.turn()
@@ -103,15 +114,15 @@ def test_what_is_held_leaves_in_the_next_turn_but_one() -> None:
     assert not turns.due, "an outbox that is empty costs nothing"
 
 
-def test_few_requests_are_not_held_but_for_a_run_after_there_were_many() -> None:
-    outbox = Turns().outbox()
+def test_few_requests_are_not_held_but_for_a_run_after_there_were_many(turns: Turns) -> None:
+    outbox = turns.outbox()
     assert not outbox.holds(Letter(), FEW)
     assert outbox.holds(Letter(), MANY)
     assert [outbox.holds(Letter(), FEW) for _ in range(RUN + 1)] == [True] * RUN + [False]
 
 
-def test_one_that_fails_to_send_is_closed_and_takes_nobody_with_it() -> None:
-    turns, failing, letter = Turns(), Letter(MemoryError()), Letter()
+def test_one_that_fails_to_send_is_closed_and_takes_nobody_with_it(turns: Turns) -> None:
+    failing, letter = Letter(MemoryError()), Letter()
     outbox = turns.outbox()
     for each in (failing, letter):
         outbox.holds(each, MANY)
@@ -309,10 +320,10 @@ def test_a_requests_bytes_leave_once_and_in_order_and_none_behind_one_that_did_n
 class Holding:
     """A proxy whose connection to its service, which waits for a request, holds the next one until the test says so."""
 
-    def __init__(self, gw: Rig) -> None:
+    def __init__(self, gw: Rig, turns: Turns) -> None:
         [route] = gw.proxy._routes.values()
         [pool] = route.pools.values()
-        self.turns = Turns()
+        self.turns = turns
         connection = pool.take_idle(asyncio.get_running_loop().time())
         assert isinstance(connection, Http1Connection)
         self.connection = connection
@@ -336,7 +347,8 @@ async def holding(**options: Any) -> AsyncIterator[tuple[Rig, Holding, list[Writ
 
     async with rig(handle, **options) as gw:
         assert (await gw.call()).status == 200
-        yield gw, Holding(gw), writers
+        with closing(Turns()) as turns:
+            yield gw, Holding(gw, turns), writers
 
 
 @pytest.mark.parametrize("end", [Writer.close, reset, lambda writer: writer.write(OK)], ids=["FIN", "RST", "bytes"])
