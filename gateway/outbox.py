@@ -11,7 +11,10 @@ class Sender(Protocol):
     """A connection with something to send."""
 
     def flush(self) -> None:
-        """Send what was held back, if the connection can still send; must not raise."""
+        """Send what was held back, if the connection can still send."""
+
+    def abort(self) -> None:
+        """Close at once: what ``flush`` was to send is lost, so nothing may follow it."""
 
 
 class Outbox:
@@ -57,4 +60,8 @@ class Outbox:
     def _release(self) -> None:
         held, self._held = self._held, []
         for sender in held:
-            sender.flush()
+            try:
+                sender.flush()
+            except Exception as error:  # the others' turn comes none the less
+                sender.abort()
+                self._loop.call_exception_handler({"message": "A connection failed to send", "exception": error})

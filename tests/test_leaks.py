@@ -243,6 +243,8 @@ async def test_clients_that_leave_in_every_phase_leave_nothing_behind() -> None:
         async def settle() -> None:
             await until(lambda: len(app.proxy.exchanges) == CONNECTIONS, 15)
             await until(lambda: admission(app).in_flight == CONNECTIONS)
+            assert app.proxy._outbox is not None
+            assert app.proxy._outbox.under_way == CONNECTIONS, "the outbox counts exactly"
             upstream.requests.clear()
 
         await there.leave_often(ABORTS // 5, random)
@@ -257,6 +259,7 @@ async def test_clients_that_leave_in_every_phase_leave_nothing_behind() -> None:
         for _, writer in holding:
             reset(writer)
         await until(lambda: not app.proxy.exchanges)
+        assert app.proxy._outbox.under_way == 0
         await until(lambda: admission(app).in_flight == 0)
         pools = [pool for route in app.proxy._routes.values() for pool in route.pools.values()]
         assert all(not pool._waiting for pool in pools)

@@ -42,7 +42,6 @@ TOO_LATE = {
 }
 # Endings of an attempt after which another may be worth a try: a service that was slow once will be slow again.
 RETRIABLE = frozenset({Cause.CONNECT_FAILED, Cause.CONNECT_TIMEOUT, Cause.RESET, Cause.GARBLED, Cause.CUT_SHORT})
-NOT_DISPATCHED = frozenset({Cause.CONNECT_FAILED, Cause.CONNECT_TIMEOUT})
 BY_SERVER = {"client_too_slow": Cause.CLIENT_TOO_SLOW, "bad_body": Cause.REFUSED}  # its reasons in `http.disconnect`
 # Looked up once: an enumeration's member costs ten times what a global does.
 COMPLETED, CLIENT_TOO_SLOW, STALLED = Cause.COMPLETED, Cause.CLIENT_TOO_SLOW, Cause.STALLED
@@ -132,9 +131,9 @@ class Exchange:
                     if failure is not None:
                         outcome = OUTCOMES[failure.cause]
                     place.finish(outcome, now())
-                    silent = self._connection is not None and self._let_go()
+                    used = self._let_go() if self._connection is not None else None
                 if failure is not None:
-                    wait = self._wait_to_resend(failure=failure, silent=silent)
+                    wait = self._wait_to_resend(failure=failure, used=used)
                     if wait is None:
                         raise failure
                 elif wait is None:
@@ -323,14 +322,14 @@ class Exchange:
         *,
         failure: ForwardingError | None = None,
         refusal: UpstreamConnection | None = None,
-        silent: bool = False,
+        used: UpstreamConnection | None = None,
     ) -> float | None:
         """Seconds after which the request is sent again, or None where the client gets what there is.
 
         Args:
             failure: what broke the attempt.
             refusal: a connection on which an answer began that may call for another attempt.
-            silent: the connection had been used before, and closed before a byte of the answer.
+            used: the connection of that attempt, where there was one.
         """
         now, service, context = self._now(), self.route.service, self.context
         if service.retries < context.attempts:
@@ -343,8 +342,8 @@ class Exchange:
             retries=service.retries,
             time_left=self._allowed_until - now,
             random=self.route.random,
-            dispatched=failure is None or failure.cause not in NOT_DISPATCHED,
-            reused_and_silent=silent,
+            dispatched=failure is None or (used is not None and used.dispatched),
+            reused_and_silent=used is not None and used.served > 0 and used.silent,
             status=None if refusal is None else refusal.status,
             retry_after=None if refusal is None else retry_after(refusal.headers),
             keyed=self._fields.keyed,
@@ -374,13 +373,12 @@ class Exchange:
         else:  # the service answered before the body was up: the rest of it is not sent
             connection.abort()
 
-    def _let_go(self) -> bool:
-        """End what is still under way with a replica; whether its connection was an old one that stayed silent."""
+    def _let_go(self) -> UpstreamConnection:
+        """End what is still under way with a replica; on which connection."""
         connection, self._connection = self._connection, None
-        if connection is None:
-            return False
+        assert connection is not None
         connection.abort()
-        return connection.served > 0 and connection.silent
+        return connection
 
     # Beside it
 

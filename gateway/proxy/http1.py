@@ -59,7 +59,7 @@ class Http1Connection(asyncio.Protocol):
     def __init__(self, loop: asyncio.AbstractEventLoop, outbox: Outbox) -> None:
         self._loop = loop
         self._outbox = outbox
-        self._held = b""  # the head of a request, and what there is of its body, until the outbox lets it go
+        self._held = b""  # the head of a request, and what there is of its body, until it leaves, if it ever does
         self.transport: asyncio.Transport | None = None
         self.is_closing = True  # the connection is closed, or about to be
         self.on_lost: Callable[[Http1Connection], None] | None = None
@@ -89,15 +89,15 @@ class Http1Connection(asyncio.Protocol):
         self._expects_body = method != b"HEAD"
         self._framing = framing
         self._body = b""  # what nobody wanted of the answer before
-        if self.is_closing:
-            self._fail(Cause.RESET, "The service closed the connection without an answer")
-            return
-        assert self.transport is not None
         form = b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n%b"
         data = form % (method, target, host, fields, framing, body)
-        if self._outbox.holds(self, self._outbox.under_way):
+        if self.is_closing:
+            self._held = data
+            self._fail(Cause.RESET, "The service closed the connection without an answer")
+        elif self._outbox.holds(self, self._outbox.under_way):
             self._held = data
         else:
+            assert self.transport is not None
             self.transport.write(data)
 
     def write(self, part: bytes) -> None:
@@ -137,10 +137,16 @@ class Http1Connection(asyncio.Protocol):
         """No byte of an answer has come since ``request``."""
         return not (self.head_complete or self._partial or self._informational)
 
+    @property
+    def dispatched(self) -> bool:
+        """Some byte of the request may have left."""
+        return not self._held
+
     def flush(self) -> None:
-        """Send what was held back of a request."""
-        data, self._held = self._held, b""
-        if data and not self.is_closing and self.transport is not None:
+        """Send what was held back of a request, unless the connection is lost."""
+        if self._held and not self.is_closing:
+            assert self.transport is not None
+            data, self._held = self._held, b""
             self.transport.write(data)
 
     def abort(self) -> None:
@@ -155,7 +161,7 @@ class Http1Connection(asyncio.Protocol):
         self.is_closing = False
 
     def data_received(self, data: bytes) -> None:
-        if not self.awaited:  # nobody asked: what follows an answer is never another's (EDGE.md, 56)
+        if not self.awaited or self._held:  # nobody asked yet: what follows an answer is no other's (EDGE.md, 56)
             self._fail(Cause.GARBLED, "The service sent bytes that nobody asked for")
             return
         try:
@@ -277,7 +283,8 @@ class Http1Connection(asyncio.Protocol):
     def _send(self, data: bytes) -> None:
         if self._held:
             self.flush()
-        if self.error is None and self.transport is not None:
+        if not self.is_closing:  # where it is, the head may never have left, and what follows it would pass for one
+            assert self.transport is not None
             self.transport.write(data)
 
     def _fail(self, cause: Cause, message: str) -> None:

@@ -34,6 +34,7 @@ CAUSES: tuple[tuple[type[httpx.HTTPError], Cause, Cause, str], ...] = (
     (httpx.ProtocolError, Cause.GARBLED, Cause.CUT_SHORT, "The service's answer is not valid, or broke off"),
     (httpx.HTTPError, Cause.RESET, Cause.CUT_SHORT, "The service closed the connection"),
 )
+NOT_DISPATCHED = frozenset({Cause.CONNECT_FAILED, Cause.CONNECT_TIMEOUT})
 logger = logging.getLogger("gateway.proxy")
 
 
@@ -217,6 +218,11 @@ class HttpxConnection:
         self._held = 0  # bytes of them
         self._waiter: asyncio.Future[None] | None = None
         self._taken: asyncio.Future[None] | None = None
+
+    @property
+    def dispatched(self) -> bool:
+        """Some byte of the request may have left, as far as httpx tells."""
+        return self.error is None or self.error.cause not in NOT_DISPATCHED
 
     @property
     def silent(self) -> bool:

@@ -37,6 +37,7 @@ class UpstreamConnection(Protocol):
         content_length: of the answer's body, where it announced one.
         complete: the whole answer has come.
         error: what went wrong on the connection.
+        dispatched: some byte of the request may have reached the service.
         served: how many exchanges it has completed.
         idle_since: when the last ended, seconds on the event loop's clock.
     """
@@ -50,6 +51,8 @@ class UpstreamConnection(Protocol):
     served: int
     idle_since: float
 
+    @property
+    def dispatched(self) -> bool: ...
     @property
     def silent(self) -> bool:
         """No byte of an answer has come since ``request``."""

@@ -260,7 +260,7 @@ class GatewayProtocol(asyncio.Protocol):
         connections.add(self)  # type: ignore[arg-type]
         most = edge.limits.max_connections
         if len(connections) > most + most // 8 + 8:
-            self._abort()
+            self.abort()
         elif len(connections) > most:
             message = "The gateway has too many connections"
             self._refuse(RefusedError(503, "too_many_connections", message, (b"retry-after", b"1")))
@@ -274,6 +274,7 @@ class GatewayProtocol(asyncio.Protocol):
         if self.peer_is_done:
             return True
         self.peer_is_done = True
+        self.flush()  # first, for the transport may close
         cycle = self.cycle
         if cycle is None or self.state != ANSWERING or self.scope["scheme"] == "https":
             self._lose()
@@ -541,7 +542,7 @@ class GatewayProtocol(asyncio.Protocol):
         if self.due <= now:
             self._overdue()
         if (self.peer_is_done or self.reading_paused) and self.state != CLOSED and self._is_reset():
-            self._abort()  # what is not read does not tell that nobody is there any more
+            self.abort()  # what is not read does not tell that nobody is there any more
         unsent = self.transport.get_write_buffer_size() + len(self.held)
         left = self.written - unsent
         if not unsent or left != self.seen:
@@ -549,7 +550,7 @@ class GatewayProtocol(asyncio.Protocol):
         elif now - self.seen_at > self.edge.limits.client_timeout:
             if self.cycle is not None:
                 self.cycle.disconnect("client_too_slow")
-            self._abort()
+            self.abort()
 
     def _overdue(self) -> None:
         if self.state == IDLE and (self.edge.leaving or (self.requests and not self.buffer)):
@@ -577,7 +578,7 @@ class GatewayProtocol(asyncio.Protocol):
         self.flush()
         self.transport.close()
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
         """Close by a reset, which also frees what the kernel still holds for a client that does not read."""
         self.state = CLOSED
         self.due = ENDLESS
@@ -593,7 +594,8 @@ class GatewayProtocol(asyncio.Protocol):
             if reader_can_tell:
                 self.close()
             else:
-                self._abort()
+                self.flush()
+                self.abort()
 
     def _linger(self) -> None:
         """Read and forget for a while: closing over unread bytes resets, and may take the answer from the client."""
@@ -639,7 +641,7 @@ class GatewayProtocol(asyncio.Protocol):
 
     def _look_again(self) -> None:
         if self.state == ANSWERING and self._is_reset():
-            self._abort()
+            self.abort()
 
     def _is_reset(self) -> bool:
         return tcp_state(self.transport) == TCP_CLOSED
