@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.context import OUTCOMES, Cause, RequestContext, is_failure
+from gateway.context import OUTCOMES, Cause, RequestContext, is_failure, unheard
 from gateway.policies.circuit_breaker import Outcome
 from gateway.policies.retry import may_resend
 from gateway.policies.services import Address
@@ -82,6 +82,7 @@ class Exchange:
         self.slot: set[Deadline] | None = None
         self._fields = RequestFields(scope["headers"])
         self._aborted: ForwardingError | None = None
+        self._told = context.on_left is unheard  # the server will tell us of the client's leaving
         self._listener: asyncio.Task[None] | None = None  # reads what the client still sends, and whether it leaves
         self._connection: UpstreamConnection | None = None
         self._first_part = b""  # of the body
@@ -108,6 +109,8 @@ class Exchange:
         now, route, context = self._now, self.route, self.context
         route.wheel.add(self)
         route.outbox.under_way += 1
+        if self._told:
+            context.on_left = self._leave
         error = None
         try:
             self._refuse_unfit()
@@ -150,6 +153,8 @@ class Exchange:
             error = self._own_abort(cancelled)
         finally:
             self._over = True
+            if self._told:
+                context.on_left = unheard  # else each request would leave a cycle of references
             route.outbox.under_way -= 1
             route.wheel.remove(self)
             if self._listener is not None:
@@ -163,6 +168,10 @@ class Exchange:
         if self._aborted is None and not self._over:
             self._aborted = error
             self._task.cancel()
+
+    def _leave(self, message: Message) -> None:
+        """The server's call: the client is gone."""
+        self.abort(departure(message))
 
     # The way there
 
