@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 import prometheus_client
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.app import Gateway, create_app
 from gateway.context import Cause, RequestContext, unheard
@@ -25,6 +25,7 @@ from gateway.middleware.admission import AdmissionASGI
 from gateway.policies.edge import EdgeLimits
 from gateway.proxy.app import ProxyApp
 from gateway.proxy.pool import ConnectionPool
+from gateway.proxy.route import LISTEN_AFTER
 from gateway.server.protocol import GatewayProtocol
 from gateway.settings import Settings
 from tests.frames import TEXT, Raw, frame, handshake, speaks
@@ -472,6 +473,57 @@ async def test_who_leaves_with_a_whole_answer_has_not_left(
         client.leave("RST")
         await until(gw.ends)
         assert gw.ends() == [("completed", PATH, 200)]
+
+
+@pytest.mark.parametrize(("http", "tasks"), [(OURS, 1), ("h11", 2)], ids=["ours", "h11"])
+@pytest.mark.parametrize("phase", [waiting_for_the_first_byte, streaming], ids=lambda one: one.__name__)
+async def test_only_where_the_server_does_not_tell_a_task_watches_whether_the_client_leaves(
+    phase: Phase, http: Any, tasks: int, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    async with gateway(capfdbinary, http) as gw:
+        baseline, before = gw.state(), asyncio.all_tasks()
+        client = Client(gw.port)
+        await phase(gw, client)
+        services_own = 1
+        await asyncio.sleep(3 * LISTEN_AFTER)
+        assert len(asyncio.all_tasks() - before) == tasks + services_own
+        client.leave("RST")
+        await soon(lambda: gw.state() == baseline)
+        await soon(lambda: gw.ends() and gw.ends()[0][0] == "client_left")
+
+
+async def test_a_layer_in_between_may_say_that_nobody_waits_any_more() -> None:
+    def impatient(app: ASGIApp) -> ASGIApp:
+        """Gives up on what is slow, answers itself, and says so as a server would, like Starlette's middleware."""
+
+        async def layer(scope: Scope, receive: Receive, send: Send) -> None:
+            body = await receive()
+            given_up = asyncio.Event()
+
+            async def receive_or_give_up() -> Message:
+                if not messages:
+                    await given_up.wait()
+                    return {"type": "http.disconnect"}
+                return messages.pop()
+
+            async def send_nothing(message: Message) -> None: ...
+
+            messages = [body]
+            inner = asyncio.ensure_future(app(scope, receive_or_give_up, send_nothing))
+            await until(lambda: upstream.requests)
+            await send({"type": "http.response.start", "status": 504, "headers": []})
+            await send({"type": "http.response.body"})
+            given_up.set()
+            await inner
+
+        return layer
+
+    async with service(silent) as upstream:
+        app = impatient(ProxyApp({"/": upstream.url}))
+        async with serving(app, http=OURS, lifespan="off") as port:
+            assert (await call(port, PATH)).status == 504
+            async with asyncio.timeout(5):
+                await upstream.left.wait()
 
 
 async def test_the_server_is_left_with_nothing_to_call_when_a_request_has_ended() -> None:

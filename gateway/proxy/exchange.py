@@ -406,7 +406,10 @@ class Exchange:
             self._abort(Cause.GATEWAY_FAULT)
 
     async def _upload(self, connection: UpstreamConnection) -> None:
-        """Pass the body on as it comes, as fast as the service takes it, then watch whether the client leaves."""
+        """Pass the body on as it comes, as fast as the service takes it; what it does not take is read and dropped.
+
+        Then watch whether the client leaves, where the server does not tell.
+        """
         timeouts = self.route.service.timeouts
         part = self._first_part
         while True:
@@ -434,7 +437,13 @@ class Exchange:
                 raise self._too_large()
             self._keep(part)
             self._uploaded = not message.get("more_body", False)
-        await self._watch_client()
+        if self._must_watch or not self._uploaded:
+            await self._watch_client()
+
+    @property
+    def _must_watch(self) -> bool:
+        """``receive`` has something to say that the server does not: it is another's, or a layer's in between."""
+        return not self._told or getattr(getattr(self.receive, "__self__", None), "context", None) is not self.context
 
     async def _watch_client(self) -> None:
         while (message := await self.receive())["type"] != "http.disconnect":
@@ -460,9 +469,12 @@ class Exchange:
         elif now >= self._answer_ends:
             self._abort(Cause.ANSWER_TIMEOUT)
         else:
-            if self._listener is None and self._uploaded:
-                self._listen(self._watch_client)
-            again = LOOK_AGAIN if self._listener is not None else LISTEN_AFTER  # the body may still be awaited
+            again = LOOK_AGAIN
+            if self._listener is None and self._must_watch:
+                if self._uploaded:
+                    self._listen(self._watch_client)
+                else:  # the body is still awaited
+                    again = LISTEN_AFTER
             self.route.wheel.bring_forward(self, min(self._phase_ends, self._ends, now + again))
 
     def _abort(self, cause: Cause) -> None:
