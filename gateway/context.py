@@ -1,6 +1,6 @@
 """What the layers tell one another about one request: a single object in place of many dictionaries."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from math import inf
@@ -78,6 +78,10 @@ def is_failure(status: int) -> bool:
 NONE: frozenset[bytes] = frozenset()
 
 
+def unheard(message: Message) -> None:
+    """What a server calls for a client that left, where nobody asked to be told."""
+
+
 class RequestContext:
     """One request's facts, from its arrival to its log line.
 
@@ -110,6 +114,9 @@ class RequestContext:
         sent: the same the other way.
         whole: the last byte of the answer was given to the server, or the WebSocket was closed in good order.
         client_left: the client went before that.
+        on_left: called with the ``http.disconnect`` as soon as the client goes, whatever is being waited for; must not
+            raise. ``unheard`` until somebody sets it, who then puts that back. None where the server does not call it,
+            and ``receive`` is the only way to hear of that.
         ended: all is settled (``gateway.watch.end``), the attributes below too.
         final_status: the answer's status, and never 0: where there was none, what tells why.
         cut_short: the client got less than a whole answer, or a whole one that says that it is not.
@@ -140,6 +147,7 @@ class RequestContext:
     sent = 0
     whole = False
     client_left = False
+    on_left: Callable[[Message], None] | None = None
     ended = False
     final_status = 0
     cut_short = False
@@ -157,7 +165,8 @@ class RequestContext:
 
     def lose_client(self, message: Message, now: float) -> None:
         """Note an ``http.disconnect``, where our server says what it has answered a body that it could not read on."""
-        self.client_left = not self.whole
+        if not self.whole:
+            self.client_left = True
         if self.answered_at is None and "status" in message:
             self.status = message["status"]
             self.answered_at = now

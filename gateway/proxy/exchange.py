@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.context import OUTCOMES, Cause, RequestContext, is_failure
+from gateway.context import OUTCOMES, Cause, RequestContext, is_failure, unheard
 from gateway.policies.circuit_breaker import Outcome
 from gateway.policies.retry import may_resend
 from gateway.policies.services import Address
@@ -81,6 +81,7 @@ class Exchange:
         self.slot: set[Deadline] | None = None
         self._fields = RequestFields(scope["headers"])
         self._aborted: ForwardingError | None = None
+        self._told = context.on_left is unheard  # the server will tell us of the client's leaving
         self._listener: asyncio.Task[None] | None = None  # reads what the client still sends, and whether it leaves
         self._connection: UpstreamConnection | None = None
         self._first_part = b""  # of the body
@@ -107,6 +108,8 @@ class Exchange:
         now, route, context = self._now, self.route, self.context
         route.wheel.add(self)
         route.outbox.under_way += 1
+        if self._told:
+            context.on_left = self._leave
         error = None
         try:
             self._refuse_unfit()
@@ -149,6 +152,8 @@ class Exchange:
             error = self._own_abort(cancelled)
         finally:
             self._over = True
+            if self._told:
+                context.on_left = unheard  # else each request would leave a cycle of references
             route.outbox.under_way -= 1
             route.wheel.remove(self)
             if self._listener is not None:
@@ -162,6 +167,10 @@ class Exchange:
         if self._aborted is None and not self._over:
             self._aborted = error
             self._task.cancel()
+
+    def _leave(self, message: Message) -> None:
+        """The server's call: the client is gone."""
+        self.abort(departure(message))
 
     # The way there
 
@@ -395,7 +404,10 @@ class Exchange:
             self._abort(Cause.GATEWAY_FAULT)
 
     async def _upload(self, connection: UpstreamConnection) -> None:
-        """Pass the body on as it comes, as fast as the service takes it, then watch whether the client leaves."""
+        """Pass the body on as it comes, as fast as the service takes it; what it does not take is read and dropped.
+
+        Then watch whether the client leaves, where the server does not tell.
+        """
         timeouts = self.route.service.timeouts
         part = self._first_part
         while True:
@@ -423,7 +435,13 @@ class Exchange:
                 raise self._too_large()
             self._keep(part)
             self._uploaded = not message.get("more_body", False)
-        await self._watch_client()
+        if self._must_watch or not self._uploaded:
+            await self._watch_client()
+
+    @property
+    def _must_watch(self) -> bool:
+        """``receive`` has something to say that the server does not: it is another's, or a layer's in between."""
+        return not self._told or getattr(getattr(self.receive, "__self__", None), "context", None) is not self.context
 
     async def _watch_client(self) -> None:
         while (message := await self.receive())["type"] != "http.disconnect":
@@ -449,9 +467,12 @@ class Exchange:
         elif now >= self._answer_ends:
             self._abort(Cause.ANSWER_TIMEOUT)
         else:
-            if self._listener is None and self._uploaded:
-                self._listen(self._watch_client)
-            again = LOOK_AGAIN if self._listener is not None else LISTEN_AFTER  # the body may still be awaited
+            again = LOOK_AGAIN
+            if self._listener is None and self._must_watch:
+                if self._uploaded:
+                    self._listen(self._watch_client)
+                else:  # the body is still awaited
+                    again = LISTEN_AFTER
             self.route.wheel.bring_forward(self, min(self._phase_ends, self._ends, now + again))
 
     def _abort(self, cause: Cause) -> None:

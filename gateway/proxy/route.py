@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Upstream = AsyncBaseTransport | AsyncClient
 
-LISTEN_AFTER = 0.05  # seconds: only a request that takes longer is worth a task that watches its client
+LISTEN_AFTER = 0.05  # seconds: only a longer request is worth a task that watches its client, where the server does not
 
 
 class UpstreamConnection(Protocol):

@@ -21,7 +21,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
-from gateway.context import KEY, RequestContext
+from gateway.context import KEY, RequestContext, unheard
 from gateway.outbox import Outbox
 from gateway.policies.edge import EdgeLimits
 from gateway.problems import error_body
@@ -682,8 +682,9 @@ class RequestCycle:
         self._connection = connection
         self.scope = scope
         # Here, to learn from it how the application names the request, and to note in it what passes.
-        self.context = scope[KEY] = RequestContext()
-        self.context.watched = True
+        self.context = context = scope[KEY] = RequestContext()
+        context.watched = True
+        context.on_left = unheard
         self.task: asyncio.Task[None]
         self.farewell: Message | None = None  # there is nobody any more to answer
         self._waiters: list[asyncio.Future[None]] | None = None
@@ -786,6 +787,10 @@ class RequestCycle:
             self.farewell = GONE
         if reason and self.farewell is GONE:
             self.farewell = {**GONE, "reason": reason, "status": status} if status else {**GONE, "reason": reason}
+        context = self.context
+        if context.on_left is not None and context.on_left is not unheard:
+            context.lose_client(self.farewell, monotonic())
+            context.on_left(self.farewell)
         if self._waiters:
             _wake(self._waiters)
 
