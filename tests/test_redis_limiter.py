@@ -207,6 +207,23 @@ async def test_a_denial_is_remembered_for_as_long_as_the_script_said_and_costs_n
         assert (await limiter.take("ip:b", Limits.of(0, None))).retry_after is None
 
 
+async def test_a_denial_is_not_remembered_beyond_the_change_of_who_decides(own_server: RedisServer) -> None:
+    none = Limits.of(0, None)
+    async with limiter_on(own_server.url) as limiter:
+        assert (await limiter.take("ip:a", none)).mode == "normal"
+        own_server.stop()
+        late = limiter.take("ip:b", none)
+        assert (await late).mode == "local"
+        for key in ("ip:a", "ip:b"):
+            assert (await limiter.take(key, none)).mode == "local"
+            assert (await limiter.take(key, none, 1, "open")).admitted
+        own_server.resume()  # which now answers late what was asked then
+        await until(lambda: limiter.shared)
+        own_server.kill()
+        await until(lambda: not limiter.shared)
+        assert (await limiter.take("ip:b", none, 1, "closed")).mode == "closed"
+
+
 async def test_a_script_that_redis_forgot_is_taught_again_once(server: RedisServer) -> None:
     async with limiter_on(server.url) as limiter:
         assert calls(server, "eval") >= 1

@@ -259,8 +259,8 @@ class RedisLimiter:
                         self._known[key] = (debt_minute, debt_hour, limits, arrived)
                         if len(self._known) >= self._half_capacity:
                             self._known_before, self._known = self._known, {}
-                    if not admitted:
-                        self._remember_denial(key, decision)
+                        if not admitted:
+                            self._remember_denial(key, decision)
             elif str(reply).startswith("NOSCRIPT") and not is_again:
                 self._again.append((*check[:-1], True))
             else:
@@ -365,6 +365,7 @@ class _Link(asyncio.Protocol):
             raise ConnectionError("Redis closed the connection")
 
     def send(self, data: bytes) -> None:
+            self._denied.clear()
         self._transport.write(data)
 
     def abort(self) -> None:
