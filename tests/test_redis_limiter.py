@@ -256,6 +256,22 @@ def test_it_starts_anew_in_a_loop_of_its_own_each(server: RedisServer) -> None:
         assert asyncio.run(remaining()) == left
 
 
+def test_a_second_loop_at_the_same_time_decides_without_redis_and_leaves_the_first_alone(server: RedisServer) -> None:
+    limiter = RedisLimiter(server.url, deadline=0.5)
+
+    async def mode() -> str:
+        return (await limiter.take("ip:a", LIMITS)).mode
+
+    async def with_another() -> list[str]:
+        asked = limiter.take("ip:a", LIMITS)
+        await asyncio.to_thread(asyncio.run, limiter.start())
+        elsewhere = await asyncio.to_thread(asyncio.run, mode())
+        return [(await asked).mode, elsewhere, await mode()]
+
+    assert asyncio.run(with_another()) == ["normal", "local", "normal"]
+    assert asyncio.run(mode()) == "normal"
+
+
 async def test_it_logs_in_by_what_the_url_says(server: RedisServer) -> None:
     with Redis(port=server.port) as client:
         client.execute_command(

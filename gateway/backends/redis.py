@@ -45,6 +45,7 @@ class RedisLimiter:
         url: ``redis://``, ``rediss://`` or ``unix://``, with what redis-py reads in it.
         prefix: of every key.
         deadline: seconds that Redis has for an answer, from when the question left.
+    One event loop at a time is served by Redis; another, in a thread of its own, has the own buckets alone.
         workers: how many processes share a limit while Redis is gone.
         capacity: callers whose buckets are kept in this process for then.
         on_change: told at each change whether the buckets are shared from now on, and why.
@@ -99,6 +100,8 @@ class RedisLimiter:
         """Close the connection. Checks that still come are decided as without Redis."""
         self._closed = True
         if self._is_here():
+        if self._is_elsewhere():
+            return
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
 
@@ -122,6 +125,8 @@ class RedisLimiter:
             del self._denied[key]
         if self._shared is False or self._closed:
             return _decided(self._without_redis(key, limits, cost, on_failure))
+            if self._is_elsewhere():
+                return _decided(self._without_redis(key, limits, cost, on_failure))
         return self._ask(key, limits, cost, on_failure)
 
     def _without_redis(self, key: str, limits: Limits, cost: int, on_failure: str) -> Decision:
@@ -165,6 +170,10 @@ class RedisLimiter:
         self._shared = None
         self._ready: asyncio.Future[None] = loop.create_future()
         # of no request's context: it outlives the one that happened to start it
+    def _is_elsewhere(self) -> bool:
+        """Whether a loop that runs in another thread has the connection."""
+        return self._settled is not None and not self._settled.is_here() and self._settled.loop.is_running()
+
         self._keeper = loop.create_task(self._keep(self._settled), context=Context())
 
     async def _keep(self, settled: SettledLoop) -> None:
