@@ -3,10 +3,12 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import Context
 from hashlib import sha1
 from pathlib import Path
 from time import monotonic
+from socket import AI_NUMERICHOST, SOCK_STREAM, gaierror, getaddrinfo
 from typing import TYPE_CHECKING, Any
 
 from gateway.backends.memory import MemoryLimiter, unix_microseconds
@@ -84,6 +86,7 @@ class RedisLimiter:
         self._shared: bool | None = None  # None: no answer yet, nor a failure
         self._forget()
 
+        self._lookup: asyncio.Task[Any] | None = None
     @property
     def shared(self) -> bool:
         """Whether Redis decides. If not, each worker does by itself."""
@@ -177,6 +180,7 @@ class RedisLimiter:
         self._keeper = loop.create_task(self._keep(self._settled), context=Context())
 
     async def _keep(self, settled: SettledLoop) -> None:
+        self._lookup = None
         """Hold a connection, and try it with the script itself at every beat."""
         loop = settled.loop
         try:
@@ -190,6 +194,7 @@ class RedisLimiter:
                     if self._under_way and loop.time() - self._departed_at > PATIENCE:
                         self._drop()
                 except TimeoutError:
+                            await self._find()
                     self._lose(f"no connection within {PATIENCE * 1000:.0f} ms")
                 except Exception as error:
                     self._lose(str(error) or repr(error))
@@ -203,11 +208,33 @@ class RedisLimiter:
                 if not self._ready.done():
                     self._ready.set_result(None)
 
+                if self._lookup is not None:
+                    self._lookup.cancel()
+                    self._lookup = None
     def _ask(self, key: str, limits: Limits, cost: int, on_failure: str) -> "asyncio.Future[Decision]":
         """Ask Redis; decide without it where it does not answer in time, or not with a decision."""
         loop = self._loop
         name = key.encode("utf-8", "backslashreplace")  # no key may hold up the others
         try:
+    async def _find(self) -> None:
+        """Look up Redis's host, at most once at a time: a lookup that hangs can't be ended, and keeps one of the few
+        threads in which services' names are looked up.
+
+        Raises:
+            OSError: there is no such name.
+        """
+        host = getattr(self._connection, "host", None)
+        if host is None:  # a unix socket
+            return
+        with suppress(gaierror):
+            getaddrinfo(host, None, flags=AI_NUMERICHOST)
+            return  # an address, for which no thread is needed
+        if self._lookup is None:
+            self._lookup = self._loop.create_task(self._loop.getaddrinfo(host, None, type=SOCK_STREAM))
+        await asyncio.wait([self._lookup])
+        lookup, self._lookup = self._lookup, None
+        lookup.result()
+
             question = b"".join((self._openings[len(name)], name, self._arguments[cost][limits.figures]))
         except KeyError:
             question = b"".join((self._open(len(name)), name, self._argue(limits, cost)))
