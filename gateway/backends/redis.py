@@ -78,7 +78,8 @@ class RedisLimiter:
         self._known: dict[str, _Known] = {}
         self._known_before: dict[str, _Known] = {}
         self._half_capacity = max(1, capacity // 2)
-        self._denied: dict[str, tuple[float, Decision]] = {}
+        self._denied: dict[str, tuple[float, Decision]] = {}  # by Redis, while that decides
+        self._heartbeat = "heartbeat"
         self._openings: dict[int, bytes] = {}  # of a question, by the length of its key
         self._arguments: dict[int, dict[Figures, bytes]] = {}  # by cost and limits
         self._settled: SettledLoop | None = None  # where this runs; None: it does not
@@ -304,6 +305,8 @@ class RedisLimiter:
             under_way.popleft()
             if not under_way and (self._again or self._waiting):
                 self._depart()
+                if limits is not HEARTBEAT_LIMITS:  # of a cluster some nodes may be well: try the one of this key
+                    self._heartbeat = f"heartbeat{{{self._prefix}{key}}}"
 
     def _remember_denial(self, key: str, decision: Decision) -> None:
         if len(self._denied) >= DENIALS:
