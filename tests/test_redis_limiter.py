@@ -333,6 +333,89 @@ async def test_r8_a_stopped_redis_delays_no_request_beyond_the_deadline_and_is_b
         assert (await limiter.take("ip:c", LIMITS)).mode == "normal"
 
 
+@asynccontextmanager
+async def far_from(server: RedisServer, delay: float, *, one_by_one: bool = False) -> AsyncIterator[str]:
+    """The URL of a Redis whose answers take ``delay`` seconds; one by one: it hears no question before that."""
+
+    loop = asyncio.get_running_loop()
+    writers: list[asyncio.StreamWriter] = []
+    passing: list[asyncio.Task[None]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        above, below = await asyncio.open_connection("127.0.0.1", server.port)
+        writers.extend((writer, below))
+        passing.extend((loop.create_task(asked(reader, below)), loop.create_task(answered(above, writer))))
+
+    async def asked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            if one_by_one:
+                await asyncio.sleep(delay)
+                writer.write(data)
+            else:
+                loop.call_later(delay, writer.write, data)
+
+    async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}/0"
+    finally:
+        listener.close()
+        for task in passing:
+            task.cancel()
+        await asyncio.gather(*passing, return_exceptions=True)
+        for writer in writers:
+            writer.close()
+        await asyncio.gather(*[writer.wait_closed() for writer in writers], return_exceptions=True)
+
+
+async def asked_steadily(limiter: RedisLimiter) -> list[tuple[float, str]]:
+    """Ask every 10 ms for a second, and give up every third; of the others how long they took, and their modes."""
+    loop = asyncio.get_running_loop()
+
+    async def asked() -> tuple[float, str]:
+        began = loop.time()
+        decision = await limiter.take("ip:a", Limits.of(10_000, None))
+        return loop.time() - began, decision.mode
+
+    tasks = []
+    for _ in range(100):
+        tasks.append(asyncio.ensure_future(asked()))
+        await asyncio.sleep(0.01)
+        if len(tasks) % 3 == 0:
+            tasks[-2].cancel()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+
+
+async def test_no_question_waits_for_another_and_then_for_its_own_deadline(server: RedisServer) -> None:
+    async with (
+        limiter_on(server.url),  # which teaches it the script
+        far_from(server, 0.36, one_by_one=True) as url,
+        limiter_on(url, deadline=0.4) as limiter,
+    ):
+        await until(lambda: limiter.shared)
+        asked = await asked_steadily(limiter)
+        assert max(waited for waited, _ in asked) < 0.55  # the deadline, and what the machine is late by
+        assert "local" in {mode for _, mode in asked}
+
+
+async def test_a_redis_that_is_far_but_within_the_deadline_decides_all(server: RedisServer) -> None:
+    changes = Changes()
+    async with (
+        limiter_on(server.url),
+        far_from(server, 0.28) as url,
+        limiter_on(url, deadline=0.4, on_change=changes) as limiter,
+    ):
+        await until(lambda: limiter.shared)
+        asked = await asked_steadily(limiter)
+        assert max(waited for waited, _ in asked) < 0.45
+        assert {mode for _, mode in asked} == {"normal"}
+        assert [shared for shared, _ in changes] == [True]
+
+
 @pytest.mark.parametrize("turns", range(4))
 async def test_a_deadline_missed_because_we_were_late_is_none(server: RedisServer, turns: int) -> None:
     async with limiter_on(server.url, deadline=0.08) as limiter:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
 from hashlib import sha1
+from itertools import chain
 from pathlib import Path
-from time import monotonic
 from socket import AI_NUMERICHOST, SOCK_STREAM, gaierror, getaddrinfo
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from gateway.backends.memory import MemoryLimiter, unix_microseconds
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT = 0.25  # seconds between two
 PATIENCE = 0.5  # seconds for a connection to be made, or to give an answer it owes, before a new one is tried
+HELD_BACK = 0.125  # of the deadline: how long a check waits for company at most; Redis has the rest
 READY_WITHIN = 1.0  # seconds
 DENIAL_REMEMBERED = 1.0  # seconds at most
 DENIALS = 10_000
@@ -40,14 +42,15 @@ class RedisLimiter:
     """Token buckets in Redis.
 
     All checks that arrive in one turn of the loop, or while others are under way, leave together: one write, one read.
+    Where answers take long, it is not waited for them.
     The first error or missed deadline switches to this worker's own buckets, begun from what was last known; a
     heartbeat finds the way back. It starts by itself at the first check, if ``start`` did not; ``aclose`` ends it.
+    One event loop at a time is served by Redis; another, in a thread of its own, has the own buckets alone.
 
     Args:
         url: ``redis://``, ``rediss://`` or ``unix://``, with what redis-py reads in it.
         prefix: of every key.
-        deadline: seconds that Redis has for an answer, from when the question left.
-    One event loop at a time is served by Redis; another, in a thread of its own, has the own buckets alone.
+        deadline: seconds that a check waits for Redis at most.
         workers: how many processes share a limit while Redis is gone.
         capacity: callers whose buckets are kept in this process for then.
         on_change: told at each change whether the buckets are shared from now on, and why.
@@ -71,6 +74,7 @@ class RedisLimiter:
         self._connection = _connection(url)  # loads redis-py now rather than at the first request
         self._prefix = prefix
         self._deadline = deadline
+        self._held_back = deadline * HELD_BACK
         self._on_change = on_change
         self._clock = clock
         self._own = MemoryLimiter(workers=workers, capacity=capacity, clock=clock)
@@ -82,12 +86,12 @@ class RedisLimiter:
         self._heartbeat = "heartbeat"
         self._openings: dict[int, bytes] = {}  # of a question, by the length of its key
         self._arguments: dict[int, dict[Figures, bytes]] = {}  # by cost and limits
+        self._lookup: asyncio.Task[Any] | None = None
         self._settled: SettledLoop | None = None  # where this runs; None: it does not
         self._closed = False
         self._shared: bool | None = None  # None: no answer yet, nor a failure
         self._forget()
 
-        self._lookup: asyncio.Task[Any] | None = None
     @property
     def shared(self) -> bool:
         """Whether Redis decides. If not, each worker does by itself."""
@@ -96,6 +100,8 @@ class RedisLimiter:
     async def start(self) -> None:
         """Connect; return after the first answer or the first failure, and after a second in any case."""
         self._closed = False
+        if self._is_elsewhere():
+            return
         if not self._is_here():
             self._begin()
         await asyncio.wait([self._ready], timeout=READY_WITHIN)
@@ -104,8 +110,6 @@ class RedisLimiter:
         """Close the connection. Checks that still come are decided as without Redis."""
         self._closed = True
         if self._is_here():
-        if self._is_elsewhere():
-            return
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
 
@@ -121,6 +125,8 @@ class RedisLimiter:
         """
         settled = self._settled
         if (settled is None or not settled.is_here()) and not self._closed:
+            if self._is_elsewhere():
+                return _decided(self._without_redis(key, limits, cost, on_failure))
             self._begin()
         if key in self._denied and cost:
             until, decision = self._denied[key]
@@ -129,8 +135,6 @@ class RedisLimiter:
             del self._denied[key]
         if self._shared is False or self._closed:
             return _decided(self._without_redis(key, limits, cost, on_failure))
-            if self._is_elsewhere():
-                return _decided(self._without_redis(key, limits, cost, on_failure))
         return self._ask(key, limits, cost, on_failure)
 
     def _without_redis(self, key: str, limits: Limits, cost: int, on_failure: str) -> Decision:
@@ -166,22 +170,22 @@ class RedisLimiter:
     def _is_here(self) -> bool:
         return self._settled is not None and self._settled.is_here()
 
+    def _is_elsewhere(self) -> bool:
+        """Whether a loop that runs in another thread has the connection."""
+        return self._settled is not None and not self._settled.is_here() and self._settled.loop.is_running()
+
     def _begin(self) -> None:
         """Start in this loop; what belongs to one that has ended is left to it."""
         self._forget()
         self._settled = SettledLoop()
         self._loop = loop = self._settled.loop
         self._shared = None
+        self._lookup = None
         self._ready: asyncio.Future[None] = loop.create_future()
         # of no request's context: it outlives the one that happened to start it
-    def _is_elsewhere(self) -> bool:
-        """Whether a loop that runs in another thread has the connection."""
-        return self._settled is not None and not self._settled.is_here() and self._settled.loop.is_running()
-
         self._keeper = loop.create_task(self._keep(self._settled), context=Context())
 
     async def _keep(self, settled: SettledLoop) -> None:
-        self._lookup = None
         """Hold a connection, and try it with the script itself at every beat."""
         loop = settled.loop
         try:
@@ -190,12 +194,12 @@ class RedisLimiter:
                 try:
                     if self._link is None:
                         async with asyncio.timeout(PATIENCE):
+                            await self._find()
                             self._link = _Link(await _connect(self._connection), self._answered, self._broke)
-                    await self._ask("heartbeat", HEARTBEAT_LIMITS, 1, OPEN)
-                    if self._under_way and loop.time() - self._departed_at > PATIENCE:
+                    heard = (await self._ask(self._heartbeat, HEARTBEAT_LIMITS, 1, OPEN)).mode != OPEN
+                    if not heard and self._under_way and loop.time() - self._under_way[0][6] > PATIENCE:
                         self._drop()
                 except TimeoutError:
-                            await self._find()
                     self._lose(f"no connection within {PATIENCE * 1000:.0f} ms")
                 except Exception as error:
                     self._lose(str(error) or repr(error))
@@ -204,19 +208,14 @@ class RedisLimiter:
             if self._settled is settled:
                 self._settled = self._shared = None
                 self._drop()
+                if self._lookup is not None:
+                    self._lookup.cancel()
+                    self._lookup = None
                 if self._alarm is not None:
                     self._alarm.cancel()
                 if not self._ready.done():
                     self._ready.set_result(None)
 
-                if self._lookup is not None:
-                    self._lookup.cancel()
-                    self._lookup = None
-    def _ask(self, key: str, limits: Limits, cost: int, on_failure: str) -> "asyncio.Future[Decision]":
-        """Ask Redis; decide without it where it does not answer in time, or not with a decision."""
-        loop = self._loop
-        name = key.encode("utf-8", "backslashreplace")  # no key may hold up the others
-        try:
     async def _find(self) -> None:
         """Look up Redis's host, at most once at a time: a lookup that hangs can't be ended, and keeps one of the few
         threads in which services' names are looked up.
@@ -236,6 +235,11 @@ class RedisLimiter:
         lookup, self._lookup = self._lookup, None
         lookup.result()
 
+    def _ask(self, key: str, limits: Limits, cost: int, on_failure: str) -> "asyncio.Future[Decision]":
+        """Ask Redis; decide without it where it does not answer in time, or not with a decision."""
+        loop = self._loop
+        name = key.encode("utf-8", "backslashreplace")  # no key may hold up the others
+        try:
             question = b"".join((self._openings[len(name)], name, self._arguments[cost][limits.figures]))
         except KeyError:
             question = b"".join((self._open(len(name)), name, self._argue(limits, cost)))
@@ -245,7 +249,7 @@ class RedisLimiter:
             self._boarding = True
             loop.call_soon(self._depart)
         if self._alarm is None:
-            self._alarm = loop.call_later(self._deadline, self._look)
+            self._alarm = loop.call_later(self._held_back, self._look)
         return answer
 
     def _open(self, length: int) -> bytes:
@@ -262,9 +266,9 @@ class RedisLimiter:
         return packed
 
     def _depart(self) -> None:
-        """Send all that wait, if nothing is under way."""
+        """Send all that wait, in the order of arrival: nothing overtakes a check for which Redis had no script."""
         self._boarding = False
-        if self._link is None or self._under_way:
+        if self._link is None or (self._again and self._under_way):
             return
         first = _EVAL if self._again else _EVALSHA  # the first one teaches Redis the script
         # a request given up while it waited is left behind: it costs no token
@@ -301,12 +305,12 @@ class RedisLimiter:
             elif str(reply).startswith("NOSCRIPT") and not is_again:
                 self._again.append((*check[:-1], True))
             else:
+                if limits is not HEARTBEAT_LIMITS:  # of a cluster some nodes may be well: try the one of this key
+                    self._heartbeat = f"heartbeat{{{self._prefix}{key}}}"
                 self._lose(f"Redis does not run the limiter's script: {reply}")
             under_way.popleft()
             if not under_way and (self._again or self._waiting):
                 self._depart()
-                if limits is not HEARTBEAT_LIMITS:  # of a cluster some nodes may be well: try the one of this key
-                    self._heartbeat = f"heartbeat{{{self._prefix}{key}}}"
 
     def _remember_denial(self, key: str, decision: Decision) -> None:
         if len(self._denied) >= DENIALS:
@@ -321,10 +325,16 @@ class RedisLimiter:
         due = self._due()
         if due is None:
             self._alarm = None
-        elif loop.time() < due:
-            self._alarm = loop.call_at(due, self._look)
-        else:
+            return
+        now = loop.time()
+        if now >= due:
             self._alarm = loop.call_soon(self._look_again)
+            return
+        since = self._waiting[0][6] if self._waiting else now
+        if now >= since + self._held_back:
+            self._depart()
+            since = now
+        self._alarm = loop.call_at(min(due, since + self._held_back), self._look)
 
     def _look_again(self) -> None:
         # what the socket holds is read in this turn, after this call; the next call is after that
@@ -339,14 +349,15 @@ class RedisLimiter:
             self._look()
 
     def _due(self) -> float | None:
-        """When patience ends: counted from the departure of what is under way, or while nothing can leave, from the
-        oldest arrival. None: nobody waits.
-        """
-        if any(not answer.done() for answer, *_ in self._under_way):
-            return self._departed_at + self._deadline
-        for answer, _, _, _, _, _, arrived, _ in (*self._again, *self._waiting):
+        """When patience ends: a deadline after the oldest arrival. None: nobody waits."""
+        under_way = self._under_way
+        for answer, _, _, _, _, _, arrived, _ in chain(self._again, under_way, self._waiting):
             if not answer.done():
-                return arrived + self._deadline
+                due = arrived + self._deadline
+                # All leave before they are held back for so long, unless we were late ourselves: Redis still gets time.
+                if under_way and not under_way[0][7] and self._departed_at - under_way[-1][6] > 2 * self._held_back:
+                    due = max(due, self._departed_at + self._held_back)
+                return due
         return None
 
     # The two modes
@@ -354,6 +365,7 @@ class RedisLimiter:
     def _switch(self, shared: bool, reason: str) -> None:
         if shared is not self._shared:
             self._shared = shared
+            self._denied.clear()
             self._on_change(shared, reason)
         if not self._ready.done():
             self._ready.set_result(None)
@@ -404,7 +416,6 @@ class _Link(asyncio.Protocol):
             raise ConnectionError("Redis closed the connection")
 
     def send(self, data: bytes) -> None:
-            self._denied.clear()
         self._transport.write(data)
 
     def abort(self) -> None:
