@@ -75,6 +75,7 @@ class RedisLimiter:
         self._prefix = prefix
         self._deadline = deadline
         self._held_back = deadline * HELD_BACK
+        self._time_to_answer = deadline - self._held_back
         self._on_change = on_change
         self._clock = clock
         self._own = MemoryLimiter(workers=workers, capacity=capacity, clock=clock)
@@ -293,7 +294,8 @@ class RedisLimiter:
                 if in_time:
                     answer.set_result(decision)
                 if limits is HEARTBEAT_LIMITS:
-                    if in_time:
+                    # Back only where a check that is held back would be in time too: else limits would come and go.
+                    if in_time and (self._shared is not False or self._loop.time() - arrived <= self._time_to_answer):
                         self._switch(True, "Redis answers")
                 else:
                     if self._shared is not False:  # by now the own buckets may hold more than this late answer knows of
