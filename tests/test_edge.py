@@ -457,16 +457,18 @@ async def test_line_45_an_answer_before_the_upload_ends_passes_and_both_connecti
 
 
 async def test_line_48_a_client_that_half_closes_behind_its_request_is_answered() -> None:
+    asked = asyncio.Event()
+
     async def slowly(request: Request, reader: Reader, writer: Writer) -> None:
-        await asyncio.sleep(0.15)  # longer than until the client is asked whether it is there
+        await asked.wait()
         writer.write(OK)
 
-    async with rig(slowly) as gw:
-        reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+    async with rig(slowly) as gw, connected(gw.port) as (reader, writer), asyncio.timeout(5):
         writer.write(get())
         writer.write_eof()
-        assert (await asyncio.wait_for(reader.read(), 5)).endswith(b"\r\n\r\nok")
-        writer.close()
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n", "is it there?"
+        asked.set()
+        assert (await reader.read()).endswith(b"\r\n\r\nok")
 
 
 async def test_line_49_a_service_that_does_not_read_holds_the_sender_of_a_body_back() -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import http.client
 import os
 import socket
 import subprocess
@@ -25,7 +24,21 @@ from gateway.circuit_breaker import circuit_breaker_registry
 from gateway.middleware.admission import AdmissionASGI
 from gateway.settings import Settings
 from tests import asgi_call
-from tests.wire import OK, Reader, Request, Writer, connected, read_answer, reset, service, serving_at_the_edge, until
+from tests.wire import (
+    OK,
+    Reader,
+    Request,
+    Writer,
+    connected,
+    eventually,
+    held_back,
+    is_healthy,
+    read_answer,
+    reset,
+    service,
+    serving_at_the_edge,
+    until,
+)
 
 ABORTS = 10_000
 BODY = 1 << 30
@@ -347,11 +360,8 @@ def serve(tmp_path: Path, port: int, address: str) -> Iterator[Path]:
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environ, cwd=tmp_path, stdout=log, stderr=log)
     try:
-        give_up = time.monotonic() + 20
-        while not is_healthy(port):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < give_up
-            time.sleep(0.02)
+        eventually(lambda: is_healthy(port) or process.poll() is not None)
+        assert process.poll() is None, (tmp_path / "log").read_text()
         [worker] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         yield Path(f"/proc/{worker}/status")
     finally:
@@ -359,31 +369,9 @@ def serve(tmp_path: Path, port: int, address: str) -> Iterator[Path]:
         process.wait(20)
 
 
-def is_healthy(port: int) -> bool:
-    asked = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        asked.request("GET", "/health")
-        return asked.getresponse().status == 200
-    except OSError:
-        return False
-    finally:
-        asked.close()
-
-
 def peak(status: Path) -> int:
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
-
-
-def stands_still(sent: list[int]) -> int:
-    """How far a sender came, once it comes no further."""
-    give_up = time.monotonic() + 30
-    while True:
-        before = sent[0]
-        time.sleep(0.5)
-        if before == sent[0] > 0:
-            return before
-        assert time.monotonic() < give_up
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells how much memory was used at most")
@@ -415,12 +403,9 @@ def test_a_huge_body_passes_through_little_memory(way: str, slow: bool, tmp_path
                     target=read_body, args=(peer if way == "upload" else client, first, got, go_on), daemon=True
                 )
                 reading.start()
-                ahead = 0
                 if slow:
-                    ahead = stands_still(sent)
+                    ahead = asyncio.run(held_back(lambda: sent[0]))
                     assert ahead < 32 * MB, "the fast side is made to wait"
-                    time.sleep(0.1)
-                    assert sent[0] == ahead
                 go_on.set()
                 sending.end()
                 reading.end()

@@ -24,6 +24,7 @@ from gateway.server.http1 import METHODS, ChunkedBody, RefusedError, RequestHead
 from gateway.server.protocol import TCP_CLOSED
 from gateway.server.worker import GatewayServer, server_config
 from gateway.server.workers import bind
+from tests.wire import until
 
 LIMITS = EdgeLimits()
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -987,10 +988,7 @@ async def test_a_client_that_does_not_read_an_answer_that_is_over_is_cut_too() -
             client.sendall(GET)
             assert await app.events.get() == "begun"
             assert await app.events.get() == "ended"
-            await asyncio.sleep(0)
-            async with asyncio.timeout(10):
-                while client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_CLOSED:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+            await until(lambda: client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSED)
 
 
 # Answers before the request has ended
