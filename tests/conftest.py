@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from gateway.server import protocol, worker
 from tests.wire import reserved_port
 
 # How long an example takes says how busy the machine is, no more: a pause of 200 ms would fail a test that is right.
@@ -20,6 +21,13 @@ settings.load_profile("untimed")
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture
+def short_farewell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that leaves grants a tenth of the time that it else would, where no setting says how much."""
+    monkeypatch.setattr(protocol, "GRACE", protocol.GRACE / 10)
+    monkeypatch.setattr(worker, "LAST_WORDS", worker.LAST_WORDS / 10)
 
 
 @pytest.fixture

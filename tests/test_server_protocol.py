@@ -4,8 +4,7 @@ import asyncio
 import logging
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httptools
@@ -22,9 +21,8 @@ from gateway.policies.edge import EdgeLimits
 from gateway.server import http1
 from gateway.server.http1 import METHODS, ChunkedBody, RefusedError, RequestHead, read_head, refuse_early
 from gateway.server.protocol import TCP_CLOSED
-from gateway.server.worker import GatewayServer, server_config
-from gateway.server.workers import bind
-from tests.wire import until
+from tests.wire import connected, leaving_server, until
+from tests.wire import serving_at_the_edge as serving
 
 LIMITS = EdgeLimits()
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -72,34 +70,9 @@ class Application:
         self.known.append((correlation_id, method, path))
 
 
-@asynccontextmanager
-async def serving(app: Application, **limits: Any) -> AsyncIterator[int]:
-    """A server in this loop; gives its port."""
-    edge = EdgeLimits(**limits)
-    listeners = bind("127.0.0.1", 0)
-    ready = asyncio.Event()
-    server = GatewayServer(server_config(app, edge), edge, on_ready=ready.set)
-    running = asyncio.create_task(server.serve(sockets=listeners))
-    await ready.wait()
-    try:
-        yield listeners[0].getsockname()[1]
-    finally:
-        server.quit()
-        await running
-
-
-@asynccontextmanager
-async def connection(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        yield reader, writer
-    finally:
-        writer.transport.abort()
-
-
 async def talk(port: int, *pieces: bytes, half_close: bool = False) -> bytes:
     """Send the pieces, each by itself, and read until the server closes."""
-    async with connection(port) as (reader, writer), asyncio.timeout(10):
+    async with connected(port) as (reader, writer), asyncio.timeout(10):
         for piece in pieces:
             writer.write(piece)
             await asyncio.sleep(0)
@@ -443,7 +416,11 @@ async def test_a_405_says_what_is_allowed() -> None:
 
 
 async def test_an_endless_head_is_refused_after_a_bounded_number_of_bytes() -> None:
-    async with serving(Application(say_ok)) as port, connection(port) as (reader, writer), asyncio.timeout(10):
+    async with (
+        serving(Application(say_ok)) as port,
+        connected(port) as (reader, writer),
+        asyncio.timeout(10),
+    ):
         writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n")
         answered = asyncio.create_task(reader.readline())
         sent = 0
@@ -469,7 +446,7 @@ async def test_an_endless_head_is_refused_after_a_bounded_number_of_bytes() -> N
     ],
 )
 async def test_odd_but_sound_fields_are_let_in(line: bytes) -> None:
-    async with serving(Application(say_ok)) as port, connection(port) as (reader, writer):
+    async with serving(Application(say_ok)) as port, connected(port) as (reader, writer):
         writer.write(b"\r\n\r\n" + head(line) + b"\r\n" + CLOSE)
         assert (await read_answer(reader))[0] == b"HTTP/1.1 200 OK"
         assert (await read_answer(reader))[1][b"connection"] == b"close"
@@ -539,7 +516,7 @@ async def test_chunks_that_turn_unsound_while_the_answer_runs_cut_it_without_a_s
             pass
 
     app = Application(stream)
-    async with serving(app) as port, connection(port) as (reader, writer), asyncio.timeout(10):
+    async with serving(app) as port, connected(port) as (reader, writer), asyncio.timeout(10):
         writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
         received = await reader.readuntil(b"begun\r\n")
         writer.write(b"nonsense\r\n")
@@ -550,7 +527,7 @@ async def test_chunks_that_turn_unsound_while_the_answer_runs_cut_it_without_a_s
 
 async def test_100_continue_is_sent_when_the_application_first_asks_for_the_body() -> None:
     request = b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-Continue\r\nContent-Length: 5\r\n\r\n"
-    async with serving(Application(echo)) as port, connection(port) as (reader, writer), asyncio.timeout(10):
+    async with serving(Application(echo)) as port, connected(port) as (reader, writer), asyncio.timeout(10):
         writer.write(request)
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(b"hello")
@@ -570,9 +547,9 @@ async def test_a_body_that_nobody_reads_holds_its_sender_back() -> None:
         await go_on.wait()
         await answer(send, b"%d" % len(await read_body(receive)))
 
-    size = 32 * 1024 * 1024
+    size = 8 * 1024 * 1024
     app = Application(read_late)
-    async with serving(app) as port, connection(port) as (reader, writer):
+    async with serving(app) as port, connected(port) as (reader, writer):
         writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % size)
         sending = asyncio.create_task(send_zeros(writer, size))
         await app.events.get()
@@ -613,6 +590,7 @@ async def test_requests_sent_at_once_are_answered_one_after_another_in_order() -
     assert bodies == [b"/x", *(b"/%d" % number for number in range(20)), b"/"]
 
 
+@pytest.mark.usefixtures("short_farewell")
 async def test_too_many_requests_at_once_are_left_in_the_kernel_not_in_memory() -> None:
     go_on = asyncio.Event()
 
@@ -621,8 +599,8 @@ async def test_too_many_requests_at_once_are_left_in_the_kernel_not_in_memory() 
         await answer(send)
 
     app = Application(wait)
-    count = 16 * 1024 * 1024 // len(GET)
-    async with serving(app) as port, connection(port) as (reader, writer), asyncio.timeout(20):
+    count = 8 * 1024 * 1024 // len(GET)
+    async with serving(app) as port, connected(port) as (reader, writer), asyncio.timeout(20):
         writer.write(GET * count)
         await app.events.get()
         with pytest.raises(TimeoutError):
@@ -654,7 +632,11 @@ async def test_an_answer_without_a_body_keeps_its_content_length(method: str, st
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:
         await answer(send, b"12345" if scope["method"] == "HEAD" else b"", status, [(b"Content-Length", b"5")])
 
-    async with serving(Application(respond)) as port, connection(port) as (reader, writer), asyncio.timeout(10):
+    async with (
+        serving(Application(respond)) as port,
+        connected(port) as (reader, writer),
+        asyncio.timeout(10),
+    ):
         request = GET.replace(b"GET", method.encode())
         writer.write(request + request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
         received = await reader.read()
@@ -704,7 +686,11 @@ async def test_the_head_waits_for_the_first_piece_of_the_body_and_an_empty_one_s
         await go_on.wait()
         await send({"type": "http.response.body", "body": b"late"})
 
-    async with serving(Application(respond)) as port, connection(port) as (reader, writer), asyncio.timeout(10):
+    async with (
+        serving(Application(respond)) as port,
+        connected(port) as (reader, writer),
+        asyncio.timeout(10),
+    ):
         writer.write(GET)
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
         go_on.set()
@@ -820,7 +806,7 @@ async def test_a_connection_goes_on_while_the_application_still_tidies_up() -> N
             assert (await receive())["type"] == "http.disconnect"
 
     app = Application(linger)
-    async with serving(app) as port, connection(port) as (reader, writer):
+    async with serving(app) as port, connected(port) as (reader, writer):
         for _ in range(2):
             writer.write(GET)
             assert (await read_answer(reader))[2] == b"ok"
@@ -877,7 +863,7 @@ async def test_a_client_that_leaves_within_its_request_is_noticed() -> None:
             await read_body(receive)
 
     app = Application(read)
-    async with serving(app) as port, asyncio.timeout(5), connection(port) as (_, writer):
+    async with serving(app) as port, asyncio.timeout(5), connected(port) as (_, writer):
         writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nabc")
         assert await app.events.get() == "begun"
         writer.write_eof()
@@ -905,7 +891,11 @@ async def test_a_half_closed_client_that_waits_long_is_asked_with_an_interim_ans
         await answer(send)
 
     until_probed = asyncio.Event()
-    async with serving(Application(slowly)) as port, connection(port) as (reader, writer), asyncio.timeout(5):
+    async with (
+        serving(Application(slowly)) as port,
+        connected(port) as (reader, writer),
+        asyncio.timeout(5),
+    ):
         writer.write(GET)
         writer.write_eof()
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -918,7 +908,7 @@ async def test_a_head_that_takes_too_long_is_408() -> None:
     async with serving(app, head_timeout=0.05) as port:
         assert parse(await talk(port))[0] == 408
         assert parse(await talk(port, b"GET / HT"))[0] == 408
-        async with connection(port) as (reader, writer), asyncio.timeout(5):
+        async with connected(port) as (reader, writer), asyncio.timeout(5):
             writer.write(GET)
             await read_answer(reader)
             writer.write(b"GET")
@@ -995,7 +985,10 @@ async def test_a_client_that_does_not_read_an_answer_that_is_over_is_cut_too() -
 
 
 async def test_an_answer_before_the_end_of_a_large_upload_arrives_and_the_connection_is_closed() -> None:
-    async with serving(Application(say_ok), discard_timeout=0.05) as port, connection(port) as (reader, writer):
+    async with (
+        serving(Application(say_ok), discard_timeout=0.05) as port,
+        connected(port) as (reader, writer),
+    ):
         size = 10 * 1024 * 1024
         writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % size)
         writer.write(bytes(1024 * 1024))
@@ -1005,7 +998,7 @@ async def test_an_answer_before_the_end_of_a_large_upload_arrives_and_the_connec
 
 
 async def test_an_answer_before_the_end_of_a_small_upload_keeps_the_connection() -> None:
-    async with serving(Application(say_ok)) as port, connection(port) as (reader, writer):
+    async with serving(Application(say_ok)) as port, connected(port) as (reader, writer):
         writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n" + bytes(500))
         assert b"connection" not in (await read_answer(reader))[1]
         writer.write(bytes(500) + GET)
@@ -1019,7 +1012,11 @@ async def test_the_rest_of_a_small_upload_is_not_awaited_for_long() -> None:
 
 
 async def test_a_refusal_is_seen_though_the_client_is_still_sending() -> None:
-    async with serving(Application(say_ok)) as port, connection(port) as (reader, writer), asyncio.timeout(10):
+    async with (
+        serving(Application(say_ok)) as port,
+        connected(port) as (reader, writer),
+        asyncio.timeout(10),
+    ):
         writer.write(head(b"Content-Length: 10000000", b"Content-Length: 1") + bytes(1_000_000))
         received = await reader.read()
     assert parse(received)[0] == 400
@@ -1027,7 +1024,7 @@ async def test_a_refusal_is_seen_though_the_client_is_still_sending() -> None:
 
 async def test_connections_beyond_the_cap_are_told_so() -> None:
     app = Application(say_ok)
-    async with serving(app, max_connections=1) as port, connection(port) as (reader, writer):
+    async with serving(app, max_connections=1) as port, connected(port) as (reader, writer):
         writer.write(GET)
         await read_answer(reader)
         status, headers, body = parse(await talk(port))
@@ -1041,6 +1038,7 @@ async def test_connections_beyond_the_cap_are_told_so() -> None:
 # Leaving
 
 
+@pytest.mark.usefixtures("short_farewell")
 async def test_a_server_that_leaves_finishes_what_is_in_flight_and_closes_what_is_idle() -> None:
     go_on = asyncio.Event()
 
@@ -1049,21 +1047,19 @@ async def test_a_server_that_leaves_finishes_what_is_in_flight_and_closes_what_i
             await go_on.wait()
         await answer(send)
 
-    edge = EdgeLimits(drain_delay=0.05)
     app = Application(respond)
-    listeners = bind("127.0.0.1", 0)
-    port = listeners[0].getsockname()[1]
-    ready = asyncio.Event()
-    server = GatewayServer(server_config(app, edge), edge, on_ready=ready.set)
-    running = asyncio.create_task(server.serve(sockets=listeners))
-    await ready.wait()
-    async with connection(port) as (slow, slow_writer), connection(port) as (idle, idle_writer), asyncio.timeout(10):
+    async with (
+        leaving_server(app, drain_delay=0.05) as (port, server, running),
+        connected(port) as (slow, slow_writer),
+        connected(port) as (idle, idle_writer),
+        asyncio.timeout(10),
+    ):
         slow_writer.write(GET.replace(b"/ ", b"/slow "))
         await app.events.get()
         idle_writer.write(GET)
         await read_answer(idle)
         server.drain()
-        async with connection(port) as (late, late_writer):  # before the listener closes
+        async with connected(port) as (late, late_writer):  # before the listener closes
             late_writer.write(GET)
             assert (await read_answer(late))[1][b"connection"] == b"close"
         assert await idle.read() == b""
@@ -1073,6 +1069,7 @@ async def test_a_server_that_leaves_finishes_what_is_in_flight_and_closes_what_i
         await running
 
 
+@pytest.mark.usefixtures("short_farewell")
 async def test_requests_that_do_not_end_in_time_are_cancelled_when_the_server_leaves() -> None:
     cut = False
 
@@ -1088,19 +1085,13 @@ async def test_requests_that_do_not_end_in_time_are_cancelled_when_the_server_le
             cut = True
 
     app = Cuttable(hang)
-    edge = EdgeLimits(drain_delay=0, drain_timeout=0.05)
-    listeners = bind("127.0.0.1", 0)
-    port = listeners[0].getsockname()[1]
-    ready = asyncio.Event()
-    server = GatewayServer(server_config(app, edge), edge, on_ready=ready.set)
-    running = asyncio.create_task(server.serve(sockets=listeners))
-    await ready.wait()
-    answers = [asyncio.create_task(talk(port, request)) for request in (GET, GET.replace(b"/ ", b"/begun "))]
-    await app.events.get()
-    await app.events.get()
-    server.drain()
-    refused, broken_off = await asyncio.gather(*answers)
-    await running
+    async with leaving_server(app, drain_delay=0, drain_timeout=0.05) as (port, server, running):
+        answers = [asyncio.create_task(talk(port, request)) for request in (GET, GET.replace(b"/ ", b"/begun "))]
+        await app.events.get()
+        await app.events.get()
+        server.drain()
+        refused, broken_off = await asyncio.gather(*answers)
+        await running
     assert cut
     assert parse(refused)[0] == 503
     assert broken_off.endswith(b"1\r\nx\r\n")
@@ -1145,7 +1136,7 @@ async def test_a_frame_right_behind_the_handshake_is_not_lost() -> None:
     async def both(scope: Scope, receive: Receive, send: Send) -> None:
         await (say_ok if scope["type"] == "http" else echo_messages)(scope, receive, send)
 
-    async with serving(Application(both)) as port, connection(port) as (reader, writer), asyncio.timeout(10):
+    async with serving(Application(both)) as port, connected(port) as (reader, writer), asyncio.timeout(10):
         writer.write(GET)  # pipelined: the handshake has to wait
         writer.write(HANDSHAKE + b"\x81\x82\x00\x00\x00\x00hi")
         assert (await read_answer(reader))[2] == b"ok"
@@ -1155,7 +1146,7 @@ async def test_a_frame_right_behind_the_handshake_is_not_lost() -> None:
 
 async def test_malformed_frames_before_a_websocket_is_accepted_close_it_once_it_is() -> None:
     app = Application(echo_messages)
-    async with serving(app) as port, connection(port) as (reader, writer), asyncio.timeout(10):
+    async with serving(app) as port, connected(port) as (reader, writer), asyncio.timeout(10):
         writer.write(HANDSHAKE + b"\xff\x00garbage")
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
         opcode, _, *code = (await reader.read())[:4]
@@ -1170,7 +1161,7 @@ async def test_frames_before_a_websocket_is_accepted_are_bounded_and_dropped_wit
         await send({"type": "websocket.close"})
 
     app = Application(refuse_late)
-    async with serving(app) as port, connection(port) as (reader, writer), asyncio.timeout(10):
+    async with serving(app) as port, connected(port) as (reader, writer), asyncio.timeout(10):
         writer.write(HANDSHAKE)
         assert await app.events.get() == "begun"
         writer.write(b"\x81\x82\x00\x00\x00\x00hi" * 2_000_000)
@@ -1285,7 +1276,7 @@ async def test_what_comes_along_with_a_handshake_that_had_to_wait_is_bounded_too
         go_on.clear()
 
     app = Application(wait)
-    async with serving(app) as port, connection(port) as (reader, writer), asyncio.timeout(10):
+    async with serving(app) as port, connected(port) as (reader, writer), asyncio.timeout(10):
         writer.write(GET)
         assert await app.events.get() == "begun"
         writer.write(HANDSHAKE + b"\x81\x82\x00\x00\x00\x00hi" * 2_000_000)
@@ -1298,19 +1289,16 @@ async def test_what_comes_along_with_a_handshake_that_had_to_wait_is_bounded_too
 
 
 async def test_websockets_that_outlast_the_drain_are_closed_with_1012() -> None:
-    edge = EdgeLimits(drain_delay=0, drain_timeout=0.05)
     app = Application(echo_messages)
-    listeners = bind("127.0.0.1", 0)
-    ready = asyncio.Event()
-    server = GatewayServer(server_config(app, edge), edge, on_ready=ready.set)
-    running = asyncio.create_task(server.serve(sockets=listeners))
-    await ready.wait()
-    async with websockets.connect(f"ws://127.0.0.1:{listeners[0].getsockname()[1]}/") as client:
+    async with (
+        leaving_server(app, drain_delay=0, drain_timeout=0.05) as (port, server, running),
+        websockets.connect(f"ws://127.0.0.1:{port}/") as client,
+    ):
         server.drain()
         with pytest.raises(websockets.ConnectionClosed):
             await client.recv()
         assert client.close_code == 1012
-    await running
+        await running
 
 
 # The parser alone

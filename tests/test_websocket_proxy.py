@@ -23,8 +23,6 @@ from gateway.policies.services import Service as Target
 from gateway.policies.services import Timeouts
 from gateway.proxy.app import ProxyApp
 from gateway.server.protocol import GatewayProtocol
-from gateway.server.worker import GatewayServer, server_config
-from gateway.server.workers import bind
 from gateway.settings import Settings
 from tests.frames import (
     BINARY,
@@ -42,7 +40,20 @@ from tests.frames import (
     speaks,
 )
 from tests.test_proxy import Seen
-from tests.wire import Reader, Request, Service, Writer, held_back, parse, reply, send_raw, service, serving, until
+from tests.wire import (
+    Reader,
+    Request,
+    Service,
+    Writer,
+    held_back,
+    leaving_server,
+    parse,
+    reply,
+    send_raw,
+    service,
+    serving,
+    until,
+)
 
 HANDSHAKE = handshake()
 Behaviour = Callable[[ServerConnection], Awaitable[None]]
@@ -670,20 +681,12 @@ async def test_a_handshake_that_came_through_this_gateway_before_is_508() -> Non
 @asynccontextmanager
 async def leaving(upstream: Service) -> AsyncIterator[tuple[int, Callable[[], None]]]:
     """The whole gateway under its own server, and how to tell it to leave."""
-    edge = EdgeLimits(drain_delay=0, drain_timeout=0.05)
     app = create_app(Settings.load({"CHATBOT_SERVICE_URL": upstream.url}))
-    listeners = bind("127.0.0.1", 0)
-    ready = asyncio.Event()
-    server = GatewayServer(server_config(app, edge), edge, on_ready=ready.set)
-    running = asyncio.create_task(server.serve(sockets=listeners))
-    await ready.wait()
-    try:
-        yield listeners[0].getsockname()[1], server.drain
-    finally:
-        server.quit()
-        await running
+    async with leaving_server(app, drain_delay=0, drain_timeout=0.05) as (port, server, _):
+        yield port, server.drain
 
 
+@pytest.mark.usefixtures("short_farewell")
 async def test_a_gateway_that_leaves_says_1012_to_both_ends(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     ends: asyncio.Queue[Raw] = asyncio.Queue()
     over = asyncio.Event()
@@ -701,6 +704,7 @@ async def test_a_gateway_that_leaves_says_1012_to_both_ends(capfdbinary: pytest.
     assert causes(capfdbinary) == [(101, "shutdown")]
 
 
+@pytest.mark.usefixtures("short_farewell")
 async def test_a_gateway_that_leaves_refuses_handshakes_that_still_wait(
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:

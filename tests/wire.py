@@ -95,7 +95,7 @@ async def serving_at_the_edge(app: ASGIApp, **limits: Any) -> AsyncIterator[int]
 
 @asynccontextmanager
 async def leaving_server(app: ASGIApp, **limits: Any) -> AsyncIterator[tuple[int, GatewayServer, "asyncio.Task[None]"]]:
-    """The same; gives the server as well, to be told to leave, and the task that ends when it has left."""
+    """Serve likewise, where the test tells the server to leave: gives the port, the server, and the task that it is."""
     edge = EdgeLimits(**limits)
     listeners = bind("127.0.0.1", 0)
     listeners[0].setsockopt(*KEEP_LITTLE)
