@@ -14,38 +14,16 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.circuit_breaker import CircuitBreakerConfig, circuit_breaker_registry
+from gateway.circuit_breaker import CircuitBreakerConfig
 from gateway.context import KEY, OUTCOMES, Cause, RequestContext
 from gateway.middleware.breaker import BreakerASGI
 from gateway.policies.circuit_breaker import CircuitBreaker, Outcome
 from gateway.policies.services import Service
 from gateway.watch import Watch
+from tests.clocks import FakeClock
 
 DISCONNECT = {"type": "http.disconnect"}
 WS_DENIAL: dict[str, Any] = {"extensions": {"websocket.http.response": {}}}
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture(autouse=True)
-def registry() -> Any:
-    before = {name: circuit_breaker_registry.get(name) for name in circuit_breaker_registry.names()}
-    yield circuit_breaker_registry
-    circuit_breaker_registry.replace_all({name: breaker for name, breaker in before.items() if breaker})
 
 
 class Answer:

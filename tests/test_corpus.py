@@ -37,6 +37,7 @@ from tests.wire import (
     Request,
     Service,
     Writer,
+    both_event_loops,
     connected,
     read_answer,
     read_body,
@@ -58,11 +59,7 @@ FORWARDING = {b"via", b"forwarded", b"x-real-ip"} | {
 }
 FRAMING = {b"content-length", b"transfer-encoding"}
 Pair = tuple[bytes, bytes]
-
-
-@pytest.fixture(params=[True, False], ids=["uvloop", "asyncio"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
-    return "asyncio", {"use_uvloop": request.param}
+anyio_backend = both_event_loops
 
 
 # What is exchanged

@@ -15,15 +15,11 @@ from gateway.backends import redis as backend
 from gateway.backends.redis import RedisLimiter
 from gateway.policies.token_bucket import FULL, HOUR_US, MINUTE_US, Limits, State, describe, full_at_us, take
 from tests.redis_server import RedisServer, redis_server
-from tests.wire import until
+from tests.wire import both_event_loops, until
 
 LIMITS = Limits.of(60, 1000)
 SECOND = 1_000_000
-
-
-@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
-    return "asyncio", {"use_uvloop": request.param}
+anyio_backend = both_event_loops
 
 
 @pytest.fixture(scope="module")

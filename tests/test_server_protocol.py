@@ -21,17 +21,13 @@ from gateway.policies.edge import EdgeLimits
 from gateway.server import http1
 from gateway.server.http1 import METHODS, ChunkedBody, RefusedError, RequestHead, read_head, refuse_early
 from gateway.server.protocol import TCP_CLOSED
-from tests.wire import connected, leaving_server, until
+from tests.wire import both_event_loops, connected, leaving_server, until
 from tests.wire import serving_at_the_edge as serving
 
 LIMITS = EdgeLimits()
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 CLOSE = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
-
-
-@pytest.fixture(params=[True, False], ids=["uvloop", "asyncio"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
-    return "asyncio", {"use_uvloop": request.param}
+anyio_backend = both_event_loops
 
 
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import pytest
 import uvicorn
 from starlette.types import ASGIApp
 
@@ -19,6 +20,12 @@ from gateway.server.worker import GatewayServer, server_config
 from gateway.server.workers import bind
 
 T = TypeVar("T")
+
+
+@pytest.fixture(params=[True, False], ids=["uvloop", "asyncio"])
+def both_event_loops(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    """For a module whose tests shall run under either: ``anyio_backend = both_event_loops``."""
+    return "asyncio", {"use_uvloop": request.param}
 
 
 @contextmanager
