@@ -7,7 +7,7 @@ import struct
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from gateway.server.protocol import TCP_CLOSED
+from gateway.server.websocket import TCP_CLOSED
 from tests.served import GET, Application, Handler, answer, echo, parse, read_answer, read_body, say_ok, stream, talk
 from tests.wire import both_event_loops, connected, until
 from tests.wire import serving_at_the_edge as serving
