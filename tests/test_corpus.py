@@ -674,10 +674,8 @@ async def nginx(upstream: Service, directory: Path, port: int) -> AsyncIterator[
     command = ["nginx", "-p", str(directory), "-c", "nginx.conf"]
     process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet)  # noqa: ASYNC220  it takes no time
     try:
-        async with asyncio.timeout(10):
-            while not is_listening(port):
-                assert process.poll() is None
-                await asyncio.sleep(0.01)
+        await until(lambda: is_listening(port) or process.poll() is not None, 10)
+        assert process.poll() is None
         yield
     finally:
         process.kill()

@@ -74,11 +74,7 @@ async def test_an_answer_without_a_body_keeps_its_content_length(method: str, st
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:
         await answer(send, b"12345" if scope["method"] == "HEAD" else b"", status, [(b"Content-Length", b"5")])
 
-    async with (
-        serving(Application(respond)) as port,
-        connected(port) as (reader, writer),
-        asyncio.timeout(10),
-    ):
+    async with serving(Application(respond)) as port, connected(port) as (reader, writer), asyncio.timeout(10):
         request = GET.replace(b"GET", method.encode())
         writer.write(request + request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
         received = await reader.read()
@@ -121,11 +117,7 @@ async def test_the_head_waits_for_the_first_piece_of_the_body_and_an_empty_one_s
         await go_on.wait()
         await send({"type": "http.response.body", "body": b"late"})
 
-    async with (
-        serving(Application(respond)) as port,
-        connected(port) as (reader, writer),
-        asyncio.timeout(10),
-    ):
+    async with serving(Application(respond)) as port, connected(port) as (reader, writer), asyncio.timeout(10):
         writer.write(GET)
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
         go_on.set()

@@ -3,13 +3,14 @@
 import asyncio
 import socket
 import struct
+from typing import Any
 
 import pytest
 from starlette.types import Receive, Scope, Send
 
 from gateway.server.websocket import TCP_CLOSED
 from tests.served import GET, Application, Handler, answer, echo, parse, read_answer, read_body, say_ok, stream, talk
-from tests.wire import both_event_loops, connected, until
+from tests.wire import both_event_loops, connected, leaving_server, until
 from tests.wire import serving_at_the_edge as serving
 
 anyio_backend = both_event_loops
@@ -73,10 +74,11 @@ async def test_a_client_that_leaves_within_its_request_is_noticed() -> None:
 @pytest.mark.parametrize("handler", [say_ok, stream])
 async def test_a_client_that_half_closes_after_its_requests_is_answered(handler: Handler) -> None:
     async def slowly(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.sleep(0.02)
+        connections: Any = server.server_state.connections
+        await until(lambda: all(each.peer_is_done for each in connections))
         await handler(scope, receive, send)
 
-    async with serving(Application(slowly)) as port:
+    async with leaving_server(Application(slowly)) as (port, server, _):
         received = await talk(port, GET + GET, half_close=True)
     assert received.count(b"HTTP/1.1 200 OK") == 2
     assert received.endswith((b"ok", b"0\r\n\r\n"))
@@ -90,11 +92,7 @@ async def test_a_half_closed_client_that_waits_long_is_asked_with_an_interim_ans
         await answer(send)
 
     until_probed = asyncio.Event()
-    async with (
-        serving(Application(slowly)) as port,
-        connected(port) as (reader, writer),
-        asyncio.timeout(5),
-    ):
+    async with serving(Application(slowly)) as port, connected(port) as (reader, writer), asyncio.timeout(5):
         writer.write(GET)
         writer.write_eof()
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -132,7 +130,7 @@ async def test_a_body_that_nobody_waits_for_may_take_its_time() -> None:
         waiting = asyncio.ensure_future(receive())
         await asyncio.sleep(0)
         waiting.cancel()
-        await asyncio.sleep(0.09)
+        await asyncio.sleep(0.09)  # thrice as long as it has once somebody waits
         await answer(send)
 
     app = Application(answer_late)

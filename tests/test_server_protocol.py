@@ -228,10 +228,7 @@ async def send_zeros(writer: asyncio.StreamWriter, size: int) -> None:
 
 
 async def test_an_answer_before_the_end_of_a_large_upload_arrives_and_the_connection_is_closed() -> None:
-    async with (
-        serving(Application(say_ok), discard_timeout=0.05) as port,
-        connected(port) as (reader, writer),
-    ):
+    async with serving(Application(say_ok), discard_timeout=0.05) as port, connected(port) as (reader, writer):
         size = 10 * 1024 * 1024
         writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % size)
         writer.write(bytes(1024 * 1024))
@@ -255,11 +252,7 @@ async def test_the_rest_of_a_small_upload_is_not_awaited_for_long() -> None:
 
 
 async def test_a_refusal_is_seen_though_the_client_is_still_sending() -> None:
-    async with (
-        serving(Application(say_ok)) as port,
-        connected(port) as (reader, writer),
-        asyncio.timeout(10),
-    ):
+    async with serving(Application(say_ok)) as port, connected(port) as (reader, writer), asyncio.timeout(10):
         writer.write(head(b"Content-Length: 10000000", b"Content-Length: 1") + bytes(1_000_000))
         received = await reader.read()
     assert parse(received)[0] == 400

@@ -205,11 +205,7 @@ async def test_a_405_says_what_is_allowed() -> None:
 
 
 async def test_an_endless_head_is_refused_after_a_bounded_number_of_bytes() -> None:
-    async with (
-        serving(Application(say_ok)) as port,
-        connected(port) as (reader, writer),
-        asyncio.timeout(10),
-    ):
+    async with serving(Application(say_ok)) as port, connected(port) as (reader, writer), asyncio.timeout(10):
         writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n")
         answered = asyncio.create_task(reader.readline())
         sent = 0
