@@ -13,6 +13,7 @@ from gateway.context import Cause, RequestContext
 from gateway.middleware.access_log import LoggingASGI
 from gateway.policies.services import Service
 from tests.asgi_call import Answer, call, http, websocket
+from tests.clocks import FakeClock
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}
 MORE: Message = {"type": "http.response.body", "body": b"12345", "more_body": True}
@@ -20,17 +21,6 @@ END: Message = {"type": "http.response.body", "body": b"6789", "more_body": Fals
 ACCEPT: Message = {"type": "websocket.accept"}
 LEFT: Message = {"type": "http.disconnect"}
 NOON = 1764239400.9
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.seconds = 1000.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-    def advance(self, seconds: float) -> None:
-        self.seconds += seconds
 
 
 class Log:

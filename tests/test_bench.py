@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -27,7 +26,7 @@ from bench.figures import percentiles, table
 from bench.memory import Moment
 from bench.streams import Idle
 from bench.throughput import Round
-from tests.wire import OK, Reader, Request, Writer, read_body, service, until
+from tests.wire import OK, Reader, Request, Writer, eventually, read_body, service, until
 
 CASES = ("throughput", "latency", "streams", "memory")
 
@@ -213,7 +212,7 @@ def test_what_was_started_is_ended_whatever_happens() -> None:
         children = descendants(process.pid, at_least=2)
         raise ZeroDivisionError
     assert process.returncode == -signal.SIGTERM
-    await_end(children)
+    eventually(lambda: not any(map(is_running, children)))
     assert not started.directory.exists()
 
 
@@ -225,23 +224,11 @@ def test_a_benchmark_that_is_told_to_end_takes_what_it_started_with_it() -> None
     bench.terminate()
     bench.communicate(timeout=30)
     assert bench.returncode == 128 + signal.SIGTERM
-    await_end(children)
+    eventually(lambda: not any(map(is_running, children)))  # whoever gets a signal ends a moment after
 
 
 def descendants(pid: int, *, at_least: int) -> list[int]:
-    end = time.monotonic() + 30
-    while len(found := processes.descendants(pid)) < at_least:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    return found
-
-
-def await_end(pids: list[int]) -> None:
-    """Whoever gets a signal ends a moment after."""
-    end = time.monotonic() + 10
-    while any(map(is_running, pids)):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    return eventually(lambda: found if len(found := processes.descendants(pid)) >= at_least else None)
 
 
 def is_running(pid: int) -> bool:
@@ -287,10 +274,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
 def test_time_on_a_core_is_counted_with_that_of_descendants() -> None:
     with processes.Processes() as started:
         process = started.start("busy", ["sh", "-c", "(while :; do :; done) & wait"])
-        end = time.monotonic() + 30
-        while processes.cpu_seconds(process.pid) < 0.1:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        eventually(lambda: processes.cpu_seconds(process.pid) >= 0.1)
 
 
 def test_peers_that_are_missing_are_left_out_in_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:

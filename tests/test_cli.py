@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from time import monotonic, sleep
 
 import httpx
 import pytest
@@ -17,6 +16,7 @@ from click.testing import CliRunner
 
 from gateway import __version__, context
 from gateway.cli import main
+from tests.wire import eventually, is_healthy
 
 MISTAKES = {"RETRIES": "x", "REDIS_ULR": "redis://:hunter2@redis", "CONNECT_TIMEOUT": "2s"}
 
@@ -34,14 +34,8 @@ def run(*arguments: str, **environ: str) -> tuple[int, str, str]:
 
 
 def wait_for_health(port: int, process: "subprocess.Popen[str]") -> None:
-    end = monotonic() + 20
-    while monotonic() < end and process.poll() is None:
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200:
-                return
-        except httpx.TransportError:
-            sleep(0.02)
-    raise AssertionError(f"not up: {process.poll()}")
+    eventually(lambda: is_healthy(port) or process.poll() is not None)
+    assert process.poll() is None
 
 
 @contextmanager
@@ -120,10 +114,7 @@ def test_serve_reads_the_settings_again_on_sighup(empty_directory: Path, port: i
         with Path("gateway.toml").open("a") as file:
             file.write("\n[services.vision]\nenabled = false")
         process.send_signal(signal.SIGHUP)
-        end = monotonic() + 10
-        while "vision-service" in httpx.get(address).json():
-            assert monotonic() < end
-            sleep(0.02)
+        eventually(lambda: "vision-service" not in httpx.get(address).json())
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
 

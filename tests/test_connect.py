@@ -18,14 +18,10 @@ from gateway.problems import ForwardingError
 from gateway.proxy.app import ProxyApp
 from gateway.proxy.http1 import Http1Connection
 from gateway.proxy.pool import HEAD_START, ConnectionPool
-from tests.wire import OK, Request, call, service, serving, until
+from tests.wire import OK, Request, both_event_loops, call, service, serving, until
 
 TLS = Path(__file__).parent / "tls"  # a certificate for localhost and 127.0.0.1 that is its own authority
-
-
-@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return "asyncio", {"use_uvloop": request.param}
+anyio_backend = both_event_loops
 
 
 class Replica:

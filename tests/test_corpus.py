@@ -37,6 +37,7 @@ from tests.wire import (
     Request,
     Service,
     Writer,
+    both_event_loops,
     connected,
     read_answer,
     read_body,
@@ -58,11 +59,7 @@ FORWARDING = {b"via", b"forwarded", b"x-real-ip"} | {
 }
 FRAMING = {b"content-length", b"transfer-encoding"}
 Pair = tuple[bytes, bytes]
-
-
-@pytest.fixture(params=[True, False], ids=["uvloop", "asyncio"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
-    return "asyncio", {"use_uvloop": request.param}
+anyio_backend = both_event_loops
 
 
 # What is exchanged
@@ -677,10 +674,8 @@ async def nginx(upstream: Service, directory: Path, port: int) -> AsyncIterator[
     command = ["nginx", "-p", str(directory), "-c", "nginx.conf"]
     process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet)  # noqa: ASYNC220  it takes no time
     try:
-        async with asyncio.timeout(10):
-            while not is_listening(port):
-                assert process.poll() is None
-                await asyncio.sleep(0.01)
+        await until(lambda: is_listening(port) or process.poll() is not None, 10)
+        assert process.poll() is None
         yield
     finally:
         process.kill()

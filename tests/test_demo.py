@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any
 
 import httpx
@@ -19,6 +19,7 @@ from websockets.sync.client import connect
 
 from gateway.demo import EXAMPLES, FLAKY, FLAKY_OF, StandIn
 from gateway.settings import BUILT_IN
+from tests.wire import eventually, is_healthy
 
 PREFIXES = {name: prefix for name, (prefix, _) in BUILT_IN.items()}
 
@@ -73,6 +74,7 @@ class Demo:
     def __init__(self, port: int, output: Path, process: "subprocess.Popen[bytes]") -> None:
         self.output = output
         self.process = process
+        self.port = port
         self.url = f"http://127.0.0.1:{port}"
 
     def printed(self) -> str:
@@ -86,16 +88,13 @@ class Demo:
         return httpx.post(self.url + PREFIXES[name], json=body or EXAMPLES[name])
 
     def until(self, claim: Callable[[], object]) -> None:
-        end = monotonic() + 20
-        while not claim():
-            assert monotonic() < end, self.printed()
-            sleep(0.02)
+        try:
+            eventually(claim)
+        except AssertionError as error:
+            raise AssertionError(self.printed()) from error
 
     def is_up(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/health").status_code == 200
-        except httpx.TransportError:
-            return False
+        return is_healthy(self.port)
 
 
 def state_and_parent(pid: int) -> tuple[str, int]:

@@ -23,7 +23,8 @@ from gateway.proxy.pool import ConnectionPool
 from gateway.server.protocol import GatewayProtocol
 from gateway.settings import Settings
 from tests.frames import TEXT, Frame, Raw, accepted, frame, handshake
-from tests.test_proxy import Seen
+from tests.proxy_rig import Rig as ProxyRig
+from tests.proxy_rig import Seen
 from tests.wire import (
     OK,
     Handler,
@@ -41,7 +42,7 @@ from tests.wire import (
     until,
 )
 
-PROXY, SERVER, SOCKET = "test_proxy", "test_server_protocol", "test_websocket_proxy"
+SOCKET = "test_websocket_proxy"
 UNSENT = "test_outbox::test_a_post_that_waited_on_a_connection_that_was_lost_is_sent_on_another"
 LEAVING = "test_cancellation::test_a_client_that_leaves_ends_its_request_within_250_ms"
 LINES = {
@@ -49,57 +50,57 @@ LINES = {
     2: ["here", "test_proxy_headers::test_what_of_a_request_crosses_as_it_is"],
     3: ["here"],
     4: ["here"],
-    11: ["here", f"{SERVER}::test_look_alikes_of_fields_that_matter_are_dropped_and_others_kept"],
-    15: ["here", f"{PROXY}::test_every_framing_of_an_answer_reaches_the_client_whole"],
-    22: ["here", f"{SERVER}::test_the_authority_of_an_absolute_target_becomes_the_host"],
-    23: ["here", f"{SERVER}::test_a_405_says_what_is_allowed"],
+    11: ["here", "test_server_protocol::test_look_alikes_of_fields_that_matter_are_dropped_and_others_kept"],
+    15: ["here", "test_proxy::test_every_framing_of_an_answer_reaches_the_client_whole"],
+    22: ["here", "test_server_protocol::test_the_authority_of_an_absolute_target_becomes_the_host"],
+    23: ["here", "test_server_refusals::test_a_405_says_what_is_allowed"],
     24: ["here"],
-    25: ["here", f"{PROXY}::test_path_and_query_arrive_byte_for_byte"],
+    25: ["here", "test_proxy::test_path_and_query_arrive_byte_for_byte"],
     26: ["here", "test_services::test_no_accepted_path_leaves_its_prefix_however_often_it_is_decoded"],
     27: ["here"],
     28: ["here"],
     29: ["here", "test_proxy_headers::test_a_trusted_proxys_claims_are_continued"],
     30: ["here", "test_proxy_headers::test_a_strangers_claims_are_replaced"],
-    31: ["here", f"{PROXY}::test_a_request_that_came_through_this_gateway_before_is_508"],
+    31: ["here", "test_proxy::test_a_request_that_came_through_this_gateway_before_is_508"],
     32: ["here"],
-    33: ["here", f"{PROXY}::test_repeated_fields_keep_their_order"],
+    33: ["here", "test_proxy::test_repeated_fields_keep_their_order"],
     34: ["test_contract::test_a_well_formed_correlation_id_is_on_the_answer_and_at_the_service"],
-    35: ["here", f"{SERVER}::test_an_endless_head_is_refused_after_a_bounded_number_of_bytes"],
-    36: ["here", f"{PROXY}::test_an_answer_that_is_not_clean_http_becomes_502"],
+    35: ["here", "test_server_refusals::test_an_endless_head_is_refused_after_a_bounded_number_of_bytes"],
+    36: ["here", "test_proxy_failures::test_an_answer_that_is_not_clean_http_becomes_502"],
     37: ["here"],
     42: [
-        f"{PROXY}::test_a_service_that_is_not_there_is_502_and_one_that_is_silent_504",
-        f"{PROXY}::test_a_stalled_answer_is_cut_and_a_stalled_stream_says_so_between_two_events",
-        f"{PROXY}::test_a_service_that_stops_taking_the_body_is_a_timeout_of_its_own",
-        f"{PROXY}::test_an_answer_that_drips_is_ended_by_the_time_for_the_whole",
+        "test_proxy_failures::test_a_service_that_is_not_there_is_502_and_one_that_is_silent_504",
+        "test_proxy_failures::test_a_stalled_answer_is_cut_and_a_stalled_stream_says_so_between_two_events",
+        "test_proxy_failures::test_a_service_that_stops_taking_the_body_is_a_timeout_of_its_own",
+        "test_proxy_failures::test_an_answer_that_drips_is_ended_by_the_time_for_the_whole",
     ],
-    43: ["here", f"{SERVER}::test_100_continue_is_sent_when_the_application_first_asks_for_the_body"],
-    44: [f"{SERVER}::test_a_malformed_head_is_refused_in_the_error_form_and_the_connection_closed"],
-    45: ["here", f"{PROXY}::test_an_answer_before_the_body_is_up_passes"],
+    43: ["here", "test_server_protocol::test_100_continue_is_sent_when_the_application_first_asks_for_the_body"],
+    44: ["test_server_refusals::test_a_malformed_head_is_refused_in_the_error_form_and_the_connection_closed"],
+    45: ["here", "test_proxy::test_an_answer_before_the_body_is_up_passes"],
     46: [LEAVING],
     47: [LEAVING],
-    48: ["here", f"{SERVER}::test_a_client_that_half_closes_after_its_requests_is_answered"],
-    49: ["here", f"{SERVER}::test_a_body_that_nobody_reads_holds_its_sender_back"],
-    50: [f"{PROXY}::test_each_event_leaves_as_it_arrives"],
+    48: ["here", "test_server_clients::test_a_client_that_half_closes_after_its_requests_is_answered"],
+    49: ["here", "test_server_protocol::test_a_body_that_nobody_reads_holds_its_sender_back"],
+    50: ["test_proxy::test_each_event_leaves_as_it_arrives"],
     51: ["here"],
     52: [
-        f"{PROXY}::test_an_answer_that_breaks_off_anywhere_never_looks_whole",
-        f"{PROXY}::test_a_stalled_answer_is_cut_and_a_stalled_stream_says_so_between_two_events",
+        "test_proxy_failures::test_an_answer_that_breaks_off_anywhere_never_looks_whole",
+        "test_proxy_failures::test_a_stalled_answer_is_cut_and_a_stalled_stream_says_so_between_two_events",
     ],
-    53: ["here", f"{PROXY}::test_an_answer_that_is_not_clean_http_becomes_502"],
+    53: ["here", "test_proxy_failures::test_an_answer_that_is_not_clean_http_becomes_502"],
     54: ["here"],
     55: ["here"],
-    56: [f"{PROXY}::test_bytes_behind_an_answer_never_reach_another_client", UNSENT],
+    56: ["test_proxy_failures::test_bytes_behind_an_answer_never_reach_another_client", UNSENT],
     57: ["here", f"{SOCKET}::test_a_handshake_that_is_not_accepted_never_hangs"],
-    58: ["here", f"{SERVER}::test_frames_before_a_websocket_is_accepted_are_bounded_and_dropped_with_it"],
-    59: ["here", f"{PROXY}::test_head_and_304_keep_their_length_and_have_no_body"],
+    58: ["here", "test_server_websocket::test_frames_before_a_websocket_is_accepted_are_bounded_and_dropped_with_it"],
+    59: ["here", "test_proxy::test_head_and_304_keep_their_length_and_have_no_body"],
     60: ["here"],
     61: ["here"],
     62: ["here"],
     63: ["here"],
-    64: [f"{PROXY}::test_a_stale_connection_costs_a_get_nothing_and_a_post_is_never_sent_twice", UNSENT],
+    64: ["test_proxy_retries::test_a_stale_connection_costs_a_get_nothing_and_a_post_is_never_sent_twice", UNSENT],
     65: [
-        f"{PROXY}::test_a_stale_connection_costs_a_get_nothing_and_a_post_is_never_sent_twice",
+        "test_proxy_retries::test_a_stale_connection_costs_a_get_nothing_and_a_post_is_never_sent_twice",
         "test_retry::test_a_byte_sent_to_the_client_or_a_dispatched_post_means_no_second_sending",
     ],
     66: ["test_pool::test_a_connection_that_the_service_closed_is_not_used_again"],
@@ -132,9 +133,9 @@ def test_each_line_has_its_tests(line: int) -> None:
         assert name in [getattr(node, "name", "") for node in tree.body], place
 
 
-class Rig:
+class Rig(ProxyRig):
     def __init__(self, port: int, upstream: Service, proxy: ProxyApp, seen: Seen) -> None:
-        self.port, self.upstream, self.proxy, self.seen = port, upstream, proxy, seen
+        super().__init__(port, upstream, proxy, seen)
         self.connections: list[GatewayProtocol] = []
 
     async def send(self, data: bytes) -> bytes:
@@ -457,16 +458,18 @@ async def test_line_45_an_answer_before_the_upload_ends_passes_and_both_connecti
 
 
 async def test_line_48_a_client_that_half_closes_behind_its_request_is_answered() -> None:
+    asked = asyncio.Event()
+
     async def slowly(request: Request, reader: Reader, writer: Writer) -> None:
-        await asyncio.sleep(0.15)  # longer than until the client is asked whether it is there
+        await asked.wait()
         writer.write(OK)
 
-    async with rig(slowly) as gw:
-        reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+    async with rig(slowly) as gw, connected(gw.port) as (reader, writer), asyncio.timeout(5):
         writer.write(get())
         writer.write_eof()
-        assert (await asyncio.wait_for(reader.read(), 5)).endswith(b"\r\n\r\nok")
-        writer.close()
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n", "is it there?"
+        asked.set()
+        assert (await reader.read()).endswith(b"\r\n\r\nok")
 
 
 async def test_line_49_a_service_that_does_not_read_holds_the_sender_of_a_body_back() -> None:

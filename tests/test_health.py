@@ -1,7 +1,6 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,14 +10,9 @@ from gateway.backends.health_checks import HealthChecks
 from gateway.backends.qdrant import QdrantCheck
 from gateway.policies.health import Health
 from gateway.policies.timestamps import timestamp
+from tests.wire import until
 
 NOON = 1764239400.9  # 2025-11-27T10:30:00.9Z
-
-
-async def until(true: Callable[[], Any]) -> None:
-    async with asyncio.timeout(5):
-        while not true():  # noqa: ASYNC110  it waits for what sets no event
-            await asyncio.sleep(0.002)
 
 
 def test_a_healthy_gateway_reports_in_the_fixed_form() -> None:
@@ -91,7 +85,7 @@ async def test_checks_are_seen_and_one_that_raises_or_hangs_is_an_error(caplog: 
         return True
 
     checks = HealthChecks(
-        health, {"redis": lambda: True, "qdrant": hangs_once, "third": broken}, interval=0.001, deadline=0.005
+        health, {"redis": lambda: True, "qdrant": hangs_once, "third": broken}, interval=0.001, deadline=0.1
     )
     try:
         await checks.round()
@@ -120,13 +114,12 @@ async def test_the_rounds_survive_what_else_is_done_in_them() -> None:
         raise ValueError
 
     checks = HealthChecks(health, {"redis": lambda: True}, interval=0.001, each_round=[fails])
+    before = asyncio.all_tasks()
     await checks.start()
     await until(lambda: rounds > 3)
     await checks.aclose()
     await checks.aclose()
-    seen = rounds
-    await asyncio.sleep(0.01)
-    assert rounds == seen
+    assert asyncio.all_tasks() == before, "nobody is left to begin another round"
 
 
 async def test_closing_ends_a_question_under_way() -> None:

@@ -25,7 +25,7 @@ from gateway.proxy.app import ProxyApp
 from gateway.proxy.httpx_upstream import ExclusiveTransport
 from tests.asgi_call import call as ask
 from tests.asgi_call import http
-from tests.test_proxy import Seen
+from tests.proxy_rig import Seen
 from tests.wire import Answer, Reader, Writer, call, parse, send_raw, service, serving, until
 
 TLS = Path(__file__).parent / "tls"  # a certificate for localhost and 127.0.0.1 that is its own authority

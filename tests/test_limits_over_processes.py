@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from gateway.policies.token_bucket import HOUR_US
 from tests.redis_server import RedisServer, redis_server
-from tests.wire import Answer, Service, call, parse, reserved_port, service, until
+from tests.wire import Answer, Service, eventually, is_healthy, parse, reserved_port, service, until
 
 LIMIT = 1000
 WORKERS = 4
@@ -53,13 +53,8 @@ async def serving(
     command += ["--workers", str(workers)]
     process = subprocess.Popen(command, env=settings | environ, cwd=directory)  # noqa: ASYNC220  it returns at once
     try:
-        async with asyncio.timeout(30):
-            while True:
-                assert process.poll() is None
-                with suppress(OSError):
-                    if (await call(port, "/health")).status == 200:
-                        break
-                await asyncio.sleep(0.02)
+        await asyncio.to_thread(eventually, lambda: is_healthy(port) or process.poll() is not None)
+        assert process.poll() is None
         yield process.pid
     finally:
         process.terminate()

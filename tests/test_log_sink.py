@@ -29,7 +29,7 @@ from gateway.backends.log_sink import (
     event_text,
     shortened,
 )
-from tests.wire import serving
+from tests.wire import eventually, serving
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,13 +62,6 @@ def pipe() -> Iterator[Pipe]:
     pipe = Pipe()
     yield pipe
     pipe.close()
-
-
-def until(true: Callable[[], Any]) -> None:
-    end = time.monotonic() + 5
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def lines_of(data: bytes) -> list[Any]:
@@ -164,7 +157,7 @@ def test_without_a_reader_lines_are_dropped_and_counted(pipe: Pipe) -> None:
     sink = LogSink(pipe.writer, interval=0.001)
     for number in range(10):
         sink.write(b"%d\n" % number)
-    until(lambda: sink.dropped == 10)
+    eventually(lambda: sink.dropped == 10)
     sink.close()
 
 

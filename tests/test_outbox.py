@@ -26,20 +26,9 @@ from gateway.server.protocol import Edge, GatewayProtocol
 from gateway.server.worker import GatewayServer, server_config
 from gateway.server.workers import bind
 from tests.frames import handshake
-from tests.test_proxy import Rig, rig
-from tests.test_server_protocol import CLOSE, GET, Application, answer, read_body
-from tests.wire import (
-    OK,
-    Reader,
-    Request,
-    Service,
-    Writer,
-    connected,
-    read_answer,
-    reset,
-    service,
-    until,
-)
+from tests.proxy_rig import Rig, rig
+from tests.served import CLOSE, GET, Application, answer, read_body
+from tests.wire import OK, Reader, Request, Service, Writer, connected, read_answer, reset, service, until
 from tests.wire import read_body as read_request
 
 MANY = FEW + 1  # requests under way, with which writes are held back

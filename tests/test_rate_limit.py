@@ -14,20 +14,10 @@ from gateway.context import KEY, Cause, RequestContext
 from gateway.middleware.rate_limit import OURS, RateLimitASGI
 from gateway.policies.services import Service
 from gateway.policies.token_bucket import Decision, Limits
+from tests.clocks import FakeMicroseconds
 
 NOW = 1_764_239_400  # Unix seconds
 Headers = list[tuple[bytes, bytes]]
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.now_us = NOW * 1_000_000
-
-    def __call__(self) -> int:
-        return self.now_us
-
-    def advance(self, seconds: float) -> None:
-        self.now_us += round(seconds * 1_000_000)
 
 
 class Service200:
@@ -92,15 +82,15 @@ async def ask(app: RateLimitASGI, scope: Scope | None = None) -> Answer:
 
 
 @pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
+def clock() -> FakeMicroseconds:
+    return FakeMicroseconds()
 
 
-def limited(clock: FakeClock, service: Service200 | None = None, **options: Any) -> RateLimitASGI:
+def limited(clock: FakeMicroseconds, service: Service200 | None = None, **options: Any) -> RateLimitASGI:
     return RateLimitASGI(service or Service200(), limiter=MemoryLimiter(clock=clock), **options)
 
 
-async def test_every_answer_says_what_is_left_in_all_three_forms(clock: FakeClock) -> None:
+async def test_every_answer_says_what_is_left_in_all_three_forms(clock: FakeMicroseconds) -> None:
     app = limited(clock)
     answer = await ask(app)
     assert answer.status == 200
@@ -121,7 +111,7 @@ async def test_every_answer_says_what_is_left_in_all_three_forms(clock: FakeCloc
     assert answer.headers["x-ratelimit-reset-minute"] == str(NOW + 15)
 
 
-async def test_beyond_the_limit_is_the_exact_429(clock: FakeClock) -> None:
+async def test_beyond_the_limit_is_the_exact_429(clock: FakeMicroseconds) -> None:
     exceeded: list[str] = []
     app = limited(clock, per_minute=2, per_hour=1000, exceeded=exceeded.append)
     scope = scope_of(service="chatbot-service")
@@ -149,7 +139,7 @@ async def test_beyond_the_limit_is_the_exact_429(clock: FakeClock) -> None:
     assert (await ask(app, scope)).status == 200
 
 
-async def test_a_caller_that_saturates_its_limit_gets_what_the_model_says(clock: FakeClock) -> None:
+async def test_a_caller_that_saturates_its_limit_gets_what_the_model_says(clock: FakeMicroseconds) -> None:
     app = limited(clock, per_minute=100, per_hour=None)
     passed = 0
     for tick in range(2 * 60 * 4):  # two minutes, asking every 250 ms, twice
@@ -158,7 +148,7 @@ async def test_a_caller_that_saturates_its_limit_gets_what_the_model_says(clock:
         clock.advance(0.25)
 
 
-async def test_limits_that_are_off_leave_their_headers_out(clock: FakeClock) -> None:
+async def test_limits_that_are_off_leave_their_headers_out(clock: FakeMicroseconds) -> None:
     answer = await ask(limited(clock, per_hour=None))
     assert not any("hour" in name for name in answer.headers)
     assert answer.headers["ratelimit-policy"] == '"minute";q=60;w=60'
@@ -179,7 +169,7 @@ async def test_limits_that_are_off_leave_their_headers_out(clock: FakeClock) -> 
     assert "retry-after" not in refused.headers
 
 
-async def test_a_services_own_headers_of_these_names_are_replaced(clock: FakeClock) -> None:
+async def test_a_services_own_headers_of_these_names_are_replaced(clock: FakeMicroseconds) -> None:
     theirs = [(name, b"theirs") for name in sorted(OURS)]
     service = Service200(*theirs, (b"X-RateLimit-Limit-Minute", b"theirs"), (b"x-other", b"1"), (b"x-other", b"2"))
     answer = await ask(limited(clock, service))
@@ -189,7 +179,7 @@ async def test_a_services_own_headers_of_these_names_are_replaced(clock: FakeClo
 
 
 @pytest.mark.parametrize("name", [b"ratelimit-policy", b"RateLimit-Policy", b"Ratelimit-Policy", b"RATELIMIT-POLICY"])
-async def test_they_are_replaced_however_they_are_usually_spelt(clock: FakeClock, name: bytes) -> None:
+async def test_they_are_replaced_however_they_are_usually_spelt(clock: FakeMicroseconds, name: bytes) -> None:
     answer = await ask(limited(clock, Service200((b"x-first", b"1"), (name, b"theirs"), (b"x-last", b"2"))))
     assert [value for found, value in answer.pairs if found.lower() == b"ratelimit-policy"] == [
         b'"minute";q=60;w=60, "hour";q=1000;w=3600'
@@ -197,7 +187,7 @@ async def test_they_are_replaced_however_they_are_usually_spelt(clock: FakeClock
     assert [name for name, _ in answer.pairs][:2] == [b"x-first", b"x-last"]
 
 
-async def test_what_others_do_to_one_answers_headers_does_not_show_in_the_next(clock: FakeClock) -> None:
+async def test_what_others_do_to_one_answers_headers_does_not_show_in_the_next(clock: FakeMicroseconds) -> None:
     app = limited(clock, per_minute=0)
     preflight: Headers = [(b"origin", b"https://example.com"), (b"access-control-request-method", b"POST")]
     for scope in (scope_of(method="OPTIONS", headers=preflight), scope_of()):
@@ -207,7 +197,7 @@ async def test_what_others_do_to_one_answers_headers_does_not_show_in_the_next(c
         assert (await ask(app, scope)).pairs == pairs
 
 
-async def test_two_services_have_buckets_of_their_own_and_others_share_the_common_ones(clock: FakeClock) -> None:
+async def test_two_services_have_buckets_of_their_own_and_others_share_the_common_ones(clock: FakeMicroseconds) -> None:
     app = limited(
         clock,
         per_minute=3,
@@ -226,7 +216,7 @@ async def test_two_services_have_buckets_of_their_own_and_others_share_the_commo
     assert (answer.headers["x-ratelimit-limit-minute"], answer.json["detail"]["limit_per_hour"]) == ("2", 10)
 
 
-async def test_a_user_is_one_caller_from_any_address_and_a_stranger_is_its_address(clock: FakeClock) -> None:
+async def test_a_user_is_one_caller_from_any_address_and_a_stranger_is_its_address(clock: FakeMicroseconds) -> None:
     app = limited(clock, per_minute=1)
     alice = [(b"x-user-id", b"alice")]
 
@@ -241,7 +231,7 @@ async def test_a_user_is_one_caller_from_any_address_and_a_stranger_is_its_addre
 
 
 async def test_a_user_id_not_believed_is_not_forwarded_and_the_first_warns(
-    clock: FakeClock, caplog: pytest.LogCaptureFixture
+    clock: FakeMicroseconds, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = Service200()
     app = limited(clock, service)
@@ -260,7 +250,7 @@ async def test_a_user_id_not_believed_is_not_forwarded_and_the_first_warns(
 
 
 async def test_what_a_trusted_proxy_says_is_passed_on_without_a_copy(
-    clock: FakeClock, caplog: pytest.LogCaptureFixture
+    clock: FakeMicroseconds, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = Service200()
     scope = scope_of(
@@ -273,7 +263,7 @@ async def test_what_a_trusted_proxy_says_is_passed_on_without_a_copy(
     assert not caplog.records
 
 
-async def test_a_preflight_takes_no_token_and_is_never_refused(clock: FakeClock) -> None:
+async def test_a_preflight_takes_no_token_and_is_never_refused(clock: FakeMicroseconds) -> None:
     app = limited(clock, per_minute=1)
     preflight: Headers = [(b"origin", b"https://example.com"), (b"access-control-request-method", b"POST")]
     for _ in range(3):
@@ -285,7 +275,7 @@ async def test_a_preflight_takes_no_token_and_is_never_refused(clock: FakeClock)
     assert (await ask(app, scope_of(method="OPTIONS", headers=preflight))).status == 200
 
 
-async def test_a_websocket_takes_one_token_at_its_handshake(clock: FakeClock) -> None:
+async def test_a_websocket_takes_one_token_at_its_handshake(clock: FakeMicroseconds) -> None:
     app = limited(clock, per_minute=1)
     accepted = await ask(app, scope_of("websocket"))
     assert accepted.messages[0]["type"] == "websocket.accept"
@@ -300,7 +290,7 @@ async def test_a_websocket_takes_one_token_at_its_handshake(clock: FakeClock) ->
     assert [message["type"] for message in closed.messages] == ["websocket.close"]
 
 
-async def test_a_websocket_that_the_service_denies_says_what_is_left_too(clock: FakeClock) -> None:
+async def test_a_websocket_that_the_service_denies_says_what_is_left_too(clock: FakeMicroseconds) -> None:
     async def denies(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.http.response.start", "status": 403, "headers": []})
         await send({"type": "websocket.http.response.body", "body": b""})
@@ -310,7 +300,7 @@ async def test_a_websocket_that_the_service_denies_says_what_is_left_too(clock: 
     assert (answer.status, answer.headers["x-ratelimit-remaining-minute"]) == (403, "59")
 
 
-async def test_other_scopes_pass_untouched(clock: FakeClock) -> None:
+async def test_other_scopes_pass_untouched(clock: FakeMicroseconds) -> None:
     service = Service200()
     app = limited(clock, service, per_minute=0)
     scope: Scope = {"type": "lifespan"}
@@ -322,7 +312,7 @@ async def test_other_scopes_pass_untouched(clock: FakeClock) -> None:
     assert service.scopes[0] is scope
 
 
-async def test_an_exception_and_a_cancellation_pass_through(clock: FakeClock) -> None:
+async def test_an_exception_and_a_cancellation_pass_through(clock: FakeMicroseconds) -> None:
     waiting = asyncio.Event()
 
     async def fails(scope: Scope, receive: Receive, send: Send) -> None:
@@ -341,7 +331,9 @@ async def test_an_exception_and_a_cancellation_pass_through(clock: FakeClock) ->
         await task
 
 
-async def test_a_cancellation_while_the_limiter_decides_reaches_neither_service_nor_client(clock: FakeClock) -> None:
+async def test_a_cancellation_while_the_limiter_decides_reaches_neither_service_nor_client(
+    clock: FakeMicroseconds,
+) -> None:
     class Slow:
         asked = asyncio.Event()
 
@@ -359,7 +351,7 @@ async def test_a_cancellation_while_the_limiter_decides_reaches_neither_service_
     assert service.scopes == []
 
 
-async def test_two_requests_at_once_do_not_mix_their_headers(clock: FakeClock) -> None:
+async def test_two_requests_at_once_do_not_mix_their_headers(clock: FakeMicroseconds) -> None:
     both = asyncio.Barrier(2)
 
     async def together(scope: Scope, receive: Receive, send: Send) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -15,14 +15,11 @@ from gateway.backends import redis as backend
 from gateway.backends.redis import RedisLimiter
 from gateway.policies.token_bucket import FULL, HOUR_US, MINUTE_US, Limits, State, describe, full_at_us, take
 from tests.redis_server import RedisServer, redis_server
+from tests.wire import both_event_loops, until
 
 LIMITS = Limits.of(60, 1000)
 SECOND = 1_000_000
-
-
-@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
-    return "asyncio", {"use_uvloop": request.param}
+anyio_backend = both_event_loops
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +54,6 @@ async def limiter_on(url: str, **options: Any) -> AsyncIterator[RedisLimiter]:
         yield limiter
     finally:
         await limiter.aclose()
-
-
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> float:
-    """Wait for a condition; return how long it took, in seconds."""
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    while not condition():
-        assert loop.time() < began + seconds, "waited in vain"
-        await asyncio.sleep(0.002)
-    return loop.time() - began
 
 
 def calls(server: RedisServer, command: str) -> int:

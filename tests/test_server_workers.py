@@ -11,15 +11,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
 from gateway.server.workers import bind
+from tests.wire import eventually
 
 PROGRAM = """
 import asyncio, json, os, sys
@@ -84,20 +85,6 @@ if __name__ == "__main__":
         )
     )
 """
-
-
-T = TypeVar("T")
-
-
-def eventually(look: Callable[[], T | None], seconds: float = 10.0) -> T:
-    """What ``look`` gives, once it gives something."""
-    deadline = time.monotonic() + seconds
-    while True:
-        with suppress(OSError, http.client.HTTPException):
-            if found := look():
-                return found
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 class Served:

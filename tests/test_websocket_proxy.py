@@ -23,26 +23,23 @@ from gateway.policies.services import Service as Target
 from gateway.policies.services import Timeouts
 from gateway.proxy.app import ProxyApp
 from gateway.server.protocol import GatewayProtocol
-from gateway.server.worker import GatewayServer, server_config
-from gateway.server.workers import bind
 from gateway.settings import Settings
-from tests.frames import (
-    BINARY,
-    CLOSE,
-    CONT,
-    PING,
-    PONG,
-    TEXT,
-    Frame,
-    Raw,
-    client,
-    frame,
-    goodbye,
-    handshake,
-    speaks,
+from tests.frames import BINARY, CLOSE, CONT, PING, PONG, TEXT, Frame, Raw, client, frame, goodbye, handshake, speaks
+from tests.proxy_rig import Seen
+from tests.wire import (
+    Reader,
+    Request,
+    Service,
+    Writer,
+    held_back,
+    leaving_server,
+    parse,
+    reply,
+    send_raw,
+    service,
+    serving,
+    until,
 )
-from tests.test_proxy import Seen
-from tests.wire import Reader, Request, Service, Writer, parse, reply, send_raw, service, serving, until
 
 HANDSHAKE = handshake()
 Behaviour = Callable[[ServerConnection], Awaitable[None]]
@@ -54,10 +51,6 @@ class Rig:
 
     def connect(self, path: str = "/api/ws", **options: object) -> connect:
         return connect(f"ws://127.0.0.1:{self.port}{path}", proxy=None, compression=None, **options)  # type: ignore[arg-type]
-
-    async def cause(self) -> Cause | None:
-        await until(lambda: self.seen.contexts and self.seen.last.cause is not None)
-        return self.seen.last.cause
 
 
 async def echo(connection: ServerConnection) -> None:
@@ -91,7 +84,7 @@ async def test_messages_cross_both_ways_as_they_are() -> None:
             await client.send(message)
             assert await client.recv() == message
         await client.close()
-        assert await gw.cause() is Cause.COMPLETED
+        assert await gw.seen.cause() is Cause.COMPLETED
         assert gw.seen.last.status == 101
 
 
@@ -136,7 +129,7 @@ async def closed(client: ClientConnection) -> tuple[int, str]:
 async def test_the_services_close_code_and_reason_reach_the_client(code: int, reason: str) -> None:
     async with rig(lambda connection: connection.close(code, reason)) as gw, gw.connect() as client:
         assert await closed(client) == (code, reason)
-        assert await gw.cause() is (Cause.DROPPED if code == 1011 else Cause.COMPLETED)
+        assert await gw.seen.cause() is (Cause.DROPPED if code == 1011 else Cause.COMPLETED)
 
 
 @pytest.mark.parametrize(("code", "reason"), [(1000, ""), (4001, "bye")])
@@ -147,7 +140,7 @@ async def test_the_clients_close_code_and_reason_reach_the_service(code: int, re
             await client.close(code, reason)
         await until(lambda: gw.connections[0].close_code is not None)
         assert (gw.connections[0].close_code, gw.connections[0].close_reason) == (code, reason)
-        assert await gw.cause() is Cause.COMPLETED
+        assert await gw.seen.cause() is Cause.COMPLETED
 
 
 async def test_a_service_that_drops_the_connection_is_a_bad_gateway_to_the_client() -> None:
@@ -156,7 +149,7 @@ async def test_a_service_that_drops_the_connection_is_a_bad_gateway_to_the_clien
 
     async with rig(drop) as gw, gw.connect() as client:
         assert (await closed(client))[0] == 1014
-        assert await gw.cause() is Cause.DROPPED
+        assert await gw.seen.cause() is Cause.DROPPED
 
 
 async def test_a_client_that_vanishes_ends_the_services_connection() -> None:
@@ -166,7 +159,7 @@ async def test_a_client_that_vanishes_ends_the_services_connection() -> None:
         client.transport.abort()
         async with asyncio.timeout(1):
             await gw.connections[0].wait_closed()
-        await gw.cause()
+        await gw.seen.cause()
 
 
 async def test_a_websocket_that_neither_side_uses_is_closed_as_idle() -> None:
@@ -183,7 +176,7 @@ async def test_the_services_refusal_of_a_handshake_reaches_the_client() -> None:
             await gw.connect()
         assert refusal.value.response.status_code == 403
         assert refusal.value.response.body == b"members only\n"
-        assert await gw.cause() is Cause.COMPLETED
+        assert await gw.seen.cause() is Cause.COMPLETED
 
 
 @pytest.mark.parametrize(
@@ -244,10 +237,6 @@ class RawRig:
     def __init__(self, port: int, upstream: Service, seen: Seen) -> None:
         self.port, self.upstream, self.seen = port, upstream, seen
         self.services: asyncio.Queue[Raw] = asyncio.Queue()  # the service's end of each WebSocket
-
-    async def cause(self) -> Cause | None:
-        await until(lambda: self.seen.contexts and self.seen.last.cause is not None)
-        return self.seen.last.cause
 
 
 @asynccontextmanager
@@ -319,7 +308,7 @@ async def test_a_client_that_breaks_the_rules_is_told_how(broken: str) -> None:
         assert await near.ended()
         assert await far.read() == Frame(TEXT, b"before")
         assert (await far.read()).code == code
-        assert await gw.cause() is Cause.COMPLETED
+        assert await gw.seen.cause() is Cause.COMPLETED
 
 
 @pytest.mark.usefixtures("nothing_logged")
@@ -342,7 +331,7 @@ async def test_a_service_that_breaks_the_rules_is_told_how_and_a_bad_gateway_to_
         assert (await near.read()).code == 1014
         near.close(1014)
         assert await near.ended()
-        assert await gw.cause() is Cause.DROPPED
+        assert await gw.seen.cause() is Cause.DROPPED
 
 
 def unmasked(frames: bytes) -> bytes:
@@ -405,7 +394,7 @@ async def test_compression_that_a_client_offers_is_not_agreed_to_nor_passed_on()
 async def test_compression_that_a_service_insists_on_is_a_bad_gateway() -> None:
     async with raw_rig("Sec-WebSocket-Extensions: permessage-deflate") as gw:
         assert parse(await send_raw(gw.port, HANDSHAKE)).status == 502
-        assert await gw.cause() is Cause.GARBLED
+        assert await gw.seen.cause() is Cause.GARBLED
 
 
 @pytest.mark.parametrize(
@@ -457,7 +446,7 @@ async def test_a_larger_message_of_the_services_is_closed_with_1009_and_no_failu
             far.send(CONT, b"x")
         assert (await far.read(20)).code == 1009
         assert (await near.read()).code == 1009
-        assert await gw.cause() is Cause.COMPLETED, "a client may have asked for it, and must open no breaker"
+        assert await gw.seen.cause() is Cause.COMPLETED, "a client may have asked for it, and must open no breaker"
 
 
 @pytest.mark.parametrize(
@@ -481,7 +470,7 @@ async def test_close_codes_and_reasons_cross_both_ways(sent: bytes, got: int) ->
             assert (heard.code, heard.payload[2:]) == (got, unmasked(sent)[4:])
             assert await near.read() == Frame(CLOSE, unmasked(sent)[2:]), "and are agreed to"
             assert await near.ended()
-            assert await gw.cause() is Cause.COMPLETED
+            assert await gw.seen.cause() is Cause.COMPLETED
         async with client(gw.port) as near:
             far = await gw.services.get()
             far.writer.write(unmasked(sent))
@@ -498,7 +487,7 @@ async def test_a_service_that_dies_within_a_message_is_a_bad_gateway_and_half_of
         far.writer.write(frame(TEXT, b"half of a message", masked=False)[:9])
         far.writer.close()
         assert (await near.read()).code == 1014
-        assert await gw.cause() is Cause.DROPPED
+        assert await gw.seen.cause() is Cause.DROPPED
 
 
 async def test_a_client_that_leaves_within_a_message_hangs_up_on_the_service_and_half_of_it_goes_nowhere() -> None:
@@ -510,7 +499,7 @@ async def test_a_client_that_leaves_within_a_message_hangs_up_on_the_service_and
             near.writer.write(frame(CONT, b"three")[:5])
             assert await far.read() == Frame(TEXT, b"one")
         assert await far.ended(), "1006 to the service: a close frame would be a goodbye"
-        assert await gw.cause() is Cause.CLIENT_LEFT
+        assert await gw.seen.cause() is Cause.CLIENT_LEFT
 
 
 # Slow ends
@@ -544,11 +533,7 @@ class Flood:
 
     async def held_back(self) -> int:
         """Wait until nothing more leaves; returns how much did."""
-        seen = -1
-        while seen != self.sent or not seen:
-            seen = self.sent
-            await asyncio.sleep(0.1)
-        return seen
+        return await held_back(lambda: self.sent)
 
 
 BOUND = 40 * 1024 * 1024  # what the kernel keeps on four sockets, and a little of ours
@@ -560,7 +545,7 @@ async def test_a_client_that_does_not_read_holds_the_service_back_and_is_cut_in_
         far = await gw.services.get()
         async with Flood(far, kind, size) as flood:
             assert await flood.held_back() < BOUND
-            assert await gw.cause() is Cause.CLIENT_LEFT
+            assert await gw.seen.cause() is Cause.CLIENT_LEFT
             await until(lambda: far.writer.transport.is_closing())
 
 
@@ -569,7 +554,8 @@ async def test_a_client_that_reads_again_in_time_gets_it_all_though_the_services
         far = await gw.services.get()
         async with Flood(far) as flood:
             await flood.held_back()
-            await asyncio.sleep(0.3)  # many pings long
+            for _ in range(6):  # to none of which the pong comes through
+                assert (await far.read()).opcode == PING
         far.send(TEXT, b"the last")
         while (message := await near.read()).opcode != TEXT:
             assert message.opcode == BINARY
@@ -582,7 +568,7 @@ async def test_a_service_that_does_not_read_holds_the_client_back_and_is_hung_up
         async with Flood(near) as flood:
             assert await flood.held_back() < BOUND
             assert (await near.read()).code == 1014
-            assert await gw.cause() is Cause.WRITE_TIMEOUT
+            assert await gw.seen.cause() is Cause.WRITE_TIMEOUT
 
 
 async def test_a_service_that_reads_again_in_time_gets_it_all_though_the_clients_pongs_had_to_wait() -> None:
@@ -590,7 +576,8 @@ async def test_a_service_that_reads_again_in_time_gets_it_all_though_the_clients
         far = await gw.services.get()
         async with Flood(near) as flood:
             await flood.held_back()
-            await asyncio.sleep(0.3)
+            assert (await near.read()).opcode == PING
+            await asyncio.sleep(0.1)  # in the gateway's own event loop: what it allows for the pong ends before this
         near.send(TEXT, b"the last")
         while (message := await far.read()).opcode != TEXT:
             assert message.opcode == BINARY
@@ -612,7 +599,7 @@ async def test_a_client_that_answers_no_pings_is_told_and_cut_and_the_service_is
         assert (await near.read()).opcode == PING
         assert (await near.read()).code == 1011
         assert await far.ended()
-        assert await gw.cause() is Cause.CLIENT_LEFT
+        assert await gw.seen.cause() is Cause.CLIENT_LEFT
 
 
 async def test_a_service_that_answers_no_pings_is_a_bad_gateway_and_one_that_does_is_not() -> None:
@@ -623,7 +610,7 @@ async def test_a_service_that_answers_no_pings_is_a_bad_gateway_and_one_that_doe
             assert asked.opcode == PING
             far.send(PONG, asked.payload)
         assert (await near.read()).code == 1014
-        assert await gw.cause() is Cause.STALLED
+        assert await gw.seen.cause() is Cause.STALLED
 
 
 async def test_messages_of_nothing_keep_a_websocket_from_being_idle() -> None:
@@ -672,20 +659,12 @@ async def test_a_handshake_that_came_through_this_gateway_before_is_508() -> Non
 @asynccontextmanager
 async def leaving(upstream: Service) -> AsyncIterator[tuple[int, Callable[[], None]]]:
     """The whole gateway under its own server, and how to tell it to leave."""
-    edge = EdgeLimits(drain_delay=0, drain_timeout=0.05)
     app = create_app(Settings.load({"CHATBOT_SERVICE_URL": upstream.url}))
-    listeners = bind("127.0.0.1", 0)
-    ready = asyncio.Event()
-    server = GatewayServer(server_config(app, edge), edge, on_ready=ready.set)
-    running = asyncio.create_task(server.serve(sockets=listeners))
-    await ready.wait()
-    try:
-        yield listeners[0].getsockname()[1], server.drain
-    finally:
-        server.quit()
-        await running
+    async with leaving_server(app, drain_delay=0, drain_timeout=0.05) as (port, server, _):
+        yield port, server.drain
 
 
+@pytest.mark.usefixtures("short_farewell")
 async def test_a_gateway_that_leaves_says_1012_to_both_ends(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     ends: asyncio.Queue[Raw] = asyncio.Queue()
     over = asyncio.Event()
@@ -703,6 +682,7 @@ async def test_a_gateway_that_leaves_says_1012_to_both_ends(capfdbinary: pytest.
     assert causes(capfdbinary) == [(101, "shutdown")]
 
 
+@pytest.mark.usefixtures("short_farewell")
 async def test_a_gateway_that_leaves_refuses_handshakes_that_still_wait(
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:

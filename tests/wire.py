@@ -1,20 +1,31 @@
 """Real sockets for tests: an application under uvicorn, a service that does as it is told, a client of raw bytes."""
 
 import asyncio
+import http.client
 import re
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import pytest
 import uvicorn
 from starlette.types import ASGIApp
 
 from gateway.policies.edge import EdgeLimits
 from gateway.server.worker import GatewayServer, server_config
 from gateway.server.workers import bind
+
+T = TypeVar("T")
+
+
+@pytest.fixture(params=[True, False], ids=["uvloop", "asyncio"])
+def both_event_loops(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    """For a module whose tests shall run under either: ``anyio_backend = both_event_loops``."""
+    return "asyncio", {"use_uvloop": request.param}
 
 
 @contextmanager
@@ -85,6 +96,13 @@ async def serving(app: ASGIApp, **options: Any) -> AsyncIterator[int]:
 @asynccontextmanager
 async def serving_at_the_edge(app: ASGIApp, **limits: Any) -> AsyncIterator[int]:
     """Serve an application by the gateway's own server, in this loop; gives the port on 127.0.0.1."""
+    async with leaving_server(app, **limits) as (port, _, _):
+        yield port
+
+
+@asynccontextmanager
+async def leaving_server(app: ASGIApp, **limits: Any) -> AsyncIterator[tuple[int, GatewayServer, "asyncio.Task[None]"]]:
+    """Serve likewise, where the test tells the server to leave: gives the port, the server, and the task that it is."""
     edge = EdgeLimits(**limits)
     listeners = bind("127.0.0.1", 0)
     listeners[0].setsockopt(*KEEP_LITTLE)
@@ -93,7 +111,7 @@ async def serving_at_the_edge(app: ASGIApp, **limits: Any) -> AsyncIterator[int]
     running = asyncio.create_task(server.serve(sockets=listeners))
     await ready.wait()
     try:
-        yield listeners[0].getsockname()[1]
+        yield listeners[0].getsockname()[1], server, running
     finally:
         server.quit()
         await running
@@ -402,8 +420,41 @@ def reset(writer: Writer) -> None:
     writer.transport.abort()
 
 
-async def until(condition: Callable[[], Any], timeout: float = 5.0) -> None:
-    """Wait for something to become true; a TimeoutError where it does not."""
+async def until(condition: Callable[[], Any], timeout: float = 5.0) -> float:
+    """Wait for something to become true; returns how long it took, in seconds. A TimeoutError where it does not."""
+    began = asyncio.get_running_loop().time()
     async with asyncio.timeout(timeout):
         while not condition():  # noqa: ASYNC110  what is waited for sets no event
             await asyncio.sleep(0.005)
+    return asyncio.get_running_loop().time() - began
+
+
+def eventually(look: Callable[[], T | None], seconds: float = 20.0) -> T:
+    """What ``look`` gives, once it gives something: for tests of other processes, without an event loop."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with suppress(OSError, http.client.HTTPException):
+            if found := look():
+                return found
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def is_healthy(port: int) -> bool:
+    asked = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    with closing(asked), suppress(OSError):
+        asked.request("GET", "/health")
+        return asked.getresponse().status == 200
+    return False
+
+
+async def held_back(sent: Callable[[], int]) -> int:
+    """Wait until a sender, having begun, comes no further; returns how far it came.
+
+    That is known after 100 ms: one that is not held back waits for no more than an acknowledgement, which the kernel
+    puts off by 40 ms at most.
+    """
+    before = 0
+    while before != (before := sent()) or not before:  # noqa: ASYNC110  that nothing happens sets no event
+        await asyncio.sleep(0.1)
+    return before

@@ -8,7 +8,6 @@ comes whole leaves as one write, and deadlines are checked by one sweep over all
 import asyncio
 import logging
 import socket
-import struct
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from http import HTTPStatus
@@ -38,7 +37,7 @@ from gateway.server.http1 import (
     read_head,
     refuse_early,
 )
-from gateway.server.websocket import MAX_LINE, GatewayWebSocket, is_of_handshake, tcp_state
+from gateway.server.websocket import MAX_LINE, NO_LINGER, TCP_CLOSED, GatewayWebSocket, is_of_handshake, tcp_state
 
 logger = logging.getLogger("gateway.server")
 
@@ -51,8 +50,6 @@ SWEEP_INTERVAL = 0.2  # seconds; within 250 ms a client that left is noticed
 Refusal = Callable[[str, int, str, str, str, str], object]
 ASGI = {"version": "3.0", "spec_version": "2.3"}
 EXTENSIONS: dict[str, dict[str, Any]] = {"gateway.server": {}}  # read-only: shared by all requests
-NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER on, for no time: closing resets
-TCP_CLOSED = 7  # the kernel's TCP_CLOSE: the peer has reset the connection
 ENDLESS = float("inf")
 GONE: Message = {"type": "http.disconnect"}
 CR, LF, NUL = b"\r\n\0"  # numbers: `b"\r" in data` raises and swallows an exception within CPython
