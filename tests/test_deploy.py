@@ -293,6 +293,13 @@ def test_all_that_the_image_downloads_is_checked_by_its_hash() -> None:
         assert "--require-hashes" in step or "--no-index" in step or "--no-build-isolation" in step, step
 
 
+def test_an_image_whose_gateway_is_interpreted_or_lacks_a_module_is_not_built() -> None:
+    built = [rest for word, rest in instructions() if word == "RUN"][-1].split(" && ")
+    version, load = built[-2:]
+    assert version == "/opt/gateway/bin/ai-gateway --version | grep -F '(compiled)'"
+    assert load == "/opt/gateway/bin/python3 -c 'import gateway.main, gateway.server.worker'"
+
+
 def test_the_image_is_made_of_files_that_its_context_lets_through() -> None:
     shown = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {
