@@ -1,13 +1,14 @@
 """How an application's answers leave the edge: framing, order, and what would mislead a client (EDGE.md)."""
 
 import asyncio
+from typing import Any
 
 import orjson
 import pytest
 from starlette.types import Receive, Scope, Send
 
 from tests.served import CLOSE, GET, Application, answer, parse, read_answer, say_ok, show_path, stream, talk
-from tests.wire import both_event_loops, connected
+from tests.wire import both_event_loops, connected, leaving_server
 from tests.wire import serving_at_the_edge as serving
 
 anyio_backend = both_event_loops
@@ -42,7 +43,7 @@ async def test_too_many_requests_at_once_are_left_in_the_kernel_not_in_memory() 
 
     app = Application(wait)
     count = 8 * 1024 * 1024 // len(GET)
-    async with serving(app) as port, connected(port) as (reader, writer), asyncio.timeout(20):
+    async with leaving_server(app) as (port, server, _), connected(port) as (reader, writer), asyncio.timeout(20):
         writer.write(GET * count)
         await app.events.get()
         with pytest.raises(TimeoutError):
@@ -50,6 +51,8 @@ async def test_too_many_requests_at_once_are_left_in_the_kernel_not_in_memory() 
         go_on.set()
         for _ in range(1000):
             await read_answer(reader)
+        connections: Any = server.server_state.connections
+        assert max(len(each.buffer) for each in connections) < 512 * 1024, "the window, and what one read brings"
 
 
 async def test_bytes_after_the_last_request_are_ignored() -> None:

@@ -447,6 +447,8 @@ class GatewayProtocol(asyncio.Protocol):
             data, self.buffer = bytes(self.buffer), b""
             self._wait_for_client(self.edge.limits.head_timeout)
             self.data_received(data)
+            if self.state == ANSWERING and len(self.buffer) > WINDOW:
+                self.pause_reading()  # else each request answered would bring in more than it took out
             if self.state != IDLE:
                 return
         if self.peer_is_done:
