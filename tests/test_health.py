@@ -104,6 +104,18 @@ async def test_checks_are_seen_and_one_that_raises_or_hangs_is_an_error(caplog: 
     assert sum("qdrant is not well" in message for message in told) == 1, "once a change, not once a round"
 
 
+async def test_a_question_given_up_before_it_began_leaves_nothing_behind() -> None:
+    async def ask() -> bool:
+        raise AssertionError("not reached")
+
+    checks = HealthChecks(Health(enabled=["qdrant"]), {"qdrant": ask})
+    before = asyncio.all_tasks()
+    await checks.start()
+    await asyncio.sleep(0)  # one turn: the round has begun, its question's task not yet
+    await checks.aclose()
+    assert asyncio.all_tasks() == before  # nor is there a warning of a coroutine that nobody awaited
+
+
 async def test_the_rounds_survive_what_else_is_done_in_them() -> None:
     health = Health(enabled=["redis"])
     rounds = 0

@@ -35,7 +35,7 @@ class HealthChecks:
         self.interval = interval
         self.deadline = deadline
         self.each_round = tuple(each_round)
-        self._asked: dict[str, asyncio.Task[bool]] = {}
+        self._asked: dict[str, asyncio.Future[bool]] = {}
         self._told: dict[str, bool] = {}
         self._rounds: asyncio.Task[None] | None = None
 
@@ -89,7 +89,7 @@ class HealthChecks:
         if isinstance(answer, bool):
             self._note(part, answer)
         else:
-            self._asked[part] = asyncio.ensure_future(_awaited(answer))
+            self._asked[part] = asyncio.ensure_future(answer)
 
     def _note(self, part: str, well: bool, why: str = "") -> None:
         self.health.saw(part, well)
@@ -103,7 +103,3 @@ class HealthChecks:
             logger.info("%s is well", part)
         else:
             logger.warning("%s is not well%s; the gateway goes on without it", part, f" ({why})" if why else "")
-
-
-async def _awaited(answer: Awaitable[bool]) -> bool:
-    return await answer
