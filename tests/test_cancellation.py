@@ -479,7 +479,9 @@ async def test_only_where_the_server_does_not_tell_a_task_watches_whether_the_cl
         client = Client(gw.port)
         await phase(gw, client)
         services_own = 1
-        await asyncio.sleep(3 * LISTEN_AFTER)
+        (exchange,) = gw.app.proxy.exchanges
+        now = asyncio.get_running_loop().time
+        await soon(lambda: exchange.due - now() > LISTEN_AFTER)  # it was looked at, and will be again much later
         assert len(asyncio.all_tasks() - before) == tasks + services_own
         client.leave("RST")
         await soon(lambda: gw.state() == baseline)
