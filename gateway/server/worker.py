@@ -1,7 +1,6 @@
 """One worker: uvicorn's server around the gateway's protocol, and how it leaves (RESILIENCE.md, 6)."""
 
 import asyncio
-import gc
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from starlette.types import ASGIApp
 from uvicorn import Config, Server
 
 from gateway.policies.edge import EdgeLimits
+from gateway.server.collector import LOOK, QuietCollector
 from gateway.server.protocol import Edge, GatewayProtocol
 
 DRAIN = signal.SIGTERM  # say `draining`, serve on for a while, then leave
@@ -67,6 +67,8 @@ class GatewayServer(Server):
         self._leaving = asyncio.Event()
         self._at_once = asyncio.Event()
         self._delay = 0.0
+        self._collector = QuietCollector(lambda: not self.server_state.tasks)
+        self._looking: asyncio.TimerHandle | None = None
 
     def drain(self) -> None:
         """Say that we leave, serve on for ``drain_delay``, then finish what is in flight."""
@@ -90,17 +92,26 @@ class GatewayServer(Server):
     async def startup(self, sockets: list[socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            gc.collect()
-            gc.freeze()  # what start-up made lives as long as the process: no collection need look at it again
-            # A request leaves no cycle behind, but those in flight look like growth to the collector: at its default of
-            # 700 it ran again and again for nothing: 6,656 requests a second became 7,170 with 5,000, no more beyond.
-            gc.set_threshold(10_000, 10, 10)
+            self._collector.take_over()
+            self._keep_looking()
             self.on_ready()
+
+    def _keep_looking(self) -> None:
+        self._collector.look()
+        self._looking = asyncio.get_running_loop().call_later(LOOK, self._keep_looking)
 
     async def main_loop(self) -> None:
         await self._leaving.wait()
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        try:
+            await self._leave(sockets)
+        finally:
+            if self._looking:
+                self._looking.cancel()
+                self._collector.hand_back()
+
+    async def _leave(self, sockets: list[socket] | None) -> None:
         app = cast("Any", self.config.loaded_app)
         edge = Edge.of(self.config, self.server_state, self.limits, asyncio.get_running_loop())
         connections, tasks = self.server_state.connections, self.server_state.tasks
