@@ -3,8 +3,9 @@
 import asyncio
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,54 @@ async def test_no_connection_holds_small_writes_back(kind: str, monkeypatch: pyt
         assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         connection.abort()
         await until(lambda: pool.open == 0)
+
+
+CONNECT_TWICE = """
+import os, socket, sys, uvloop
+from gateway.policies.services import Address
+from gateway.proxy.pool import ConnectionPool
+
+async def main():
+    for url in sys.argv[1:]:
+        pool = ConnectionPool(Address.parse(url))
+        await pool.reserve()
+        (await pool.connect()).abort()
+    print(sorted(open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")))
+
+uvloop.run(main())
+"""
+
+
+async def test_an_address_is_dialled_without_a_thread() -> None:
+    """One for each connection cost a sixth of what a new stream does, and made it wait for whoever had them."""
+    async with replica() as upstream:
+        await upstream.listen("127.0.0.1")
+        await upstream.listen("::1")
+        urls = f"http://127.0.0.1:{upstream.port}", f"http://[::1]:{upstream.port}"
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", CONNECT_TWICE, *urls, stdout=asyncio.subprocess.PIPE
+        )
+        threads = (await process.communicate())[0]
+    assert threads.count(b"'") == 2, threads
+    assert len(upstream.reached) == 2
+
+
+def open_files() -> set[str]:
+    return {one.name for one in Path("/proc/self/fd").iterdir()}
+
+
+async def test_a_connection_given_up_while_it_is_made_is_closed() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ExitStack() as fillers:
+        for _ in range(3):  # further ones go unanswered
+            filler = fillers.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        before = open_files()
+        pool = ConnectionPool(Address.parse(f"http://127.0.0.1:{full.getsockname()[1]}"))
+        connecting = asyncio.ensure_future(connected(pool))
+        await until(lambda: open_files() != before)
+        connecting.cancel()
+        await asyncio.wait([connecting])
+        assert connecting.cancelled()
+        assert open_files() == before
+        assert pool.open == 0

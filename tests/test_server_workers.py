@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from gateway.server.worker import FILES, FILES_AT_ONCE
 from gateway.server.workers import bind
 from tests.wire import eventually
 
@@ -103,8 +105,13 @@ class Served:
         edge = {"drain_delay": 0, "discard_timeout": 0.05, **edge}
         self.settings.write_text(json.dumps({"app": {"answer": answer, "fault": fault}, "edge": edge}))
 
-    def start(self, workers: int = 1, host: str = "127.0.0.1", certfile: Path | None = None) -> None:
+    def start(
+        self, workers: int = 1, host: str = "127.0.0.1", certfile: Path | None = None, files: tuple[int, int] = (0, 0)
+    ) -> None:
+        """``files``: the soft and the hard limit of open files, where they are not to be ours."""
         command = [sys.executable, str(self.program), str(self.settings), host, str(self.port), str(workers)]
+        if any(files):
+            command = ["prlimit", f"--nofile={files[0]}:{files[1]}", *command]
         if certfile is not None:
             command.append(str(certfile))
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -320,6 +327,25 @@ def test_a_worker_that_dies_twice_is_started_again_with_the_settings_that_were_l
         os.kill(pid, signal.SIGKILL)
         pid = eventually(lambda pid=pid: {served.get()["pid"]} - {pid}).pop()  # type: ignore[misc]
     assert served.get()["answer"] == "one"
+
+
+HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+@pytest.mark.parametrize(
+    ("files", "soft", "room"),
+    [((256, 3000), 3000, 3000), ((256, HARD), min(HARD, FILES), min(HARD, FILES_AT_ONCE)), ((3000, 3000), 3000, 3000)],
+    ids=["hard limit", "much", "no more"],
+)
+def test_a_worker_may_open_as_many_files_as_the_system_lets_it_and_has_room_for_them_at_once(
+    served: Served, files: tuple[int, int], soft: int, room: int
+) -> None:
+    served.start(files=files)
+    process = Path(f"/proc/{served.is_up()['pid']}")
+    limit = next(line for line in (process / "limits").read_text().splitlines() if line.startswith("Max open files"))
+    assert limit.split()[3:5] == [str(soft), str(files[1])]
+    size = next(line for line in (process / "status").read_text().splitlines() if line.startswith("FDSize:"))
+    assert int(size.split()[1]) >= room
 
 
 @pytest.mark.parametrize(("fault", "reason"), [("factory", "ValueError: the factory failed"), ("lifespan", "failed")])

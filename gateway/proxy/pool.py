@@ -55,11 +55,33 @@ async def _dial(loop: asyncio.AbstractEventLoop, family: int, to: tuple[Any, ...
     try:
         dialled.setblocking(False)
         dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # not every event loop does
-        await loop.sock_connect(dialled, to)
+        await _connect(loop, dialled, to)
     except BaseException:
         dialled.close()
         raise
     return dialled
+
+
+async def _connect(loop: asyncio.AbstractEventLoop, dialled: socket.socket, to: tuple[Any, ...]) -> None:
+    """The loop's own ``sock_connect``, were it not that uvloop's has a thread look up what is an address already."""
+    try:
+        dialled.connect(to)
+        return
+    except BlockingIOError:
+        pass
+    decided: asyncio.Future[None] = loop.create_future()
+
+    def decide() -> None:
+        if not decided.done():  # it is called again until it is removed
+            decided.set_result(None)
+
+    loop.add_writer(dialled, decide)
+    try:
+        await decided
+    finally:
+        loop.remove_writer(dialled)
+    if error := dialled.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(error, os.strerror(error))
 
 
 class ConnectionPool:

@@ -1,7 +1,9 @@
 """One worker: uvicorn's server around the gateway's protocol, and how it leaves (RESILIENCE.md, 6)."""
 
 import asyncio
+import fcntl
 import os
+import resource
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -22,6 +24,8 @@ QUIT = signal.SIGQUIT  # leave at once, whatever is in flight
 LAST_WORDS = 1.0  # seconds for requests that were told that they are cut, and again for those cancelled
 SHUTDOWN_TIMEOUT = 5.0  # seconds for the application's own shutdown
 BACKLOG = 4096  # connections that wait to be accepted; the kernel's net.core.somaxconn may be lower
+FILES = 1_048_576  # open files that a worker asks the system for, where its hard limit allows so many
+FILES_AT_ONCE = 65_536  # of these, how many the kernel makes room for at the start: 8 bytes each
 POLL = 0.02  # seconds between looks whether all is done, while leaving
 
 
@@ -202,5 +206,24 @@ def run_worker(
         loop.add_reader(parent, orphaned)
         await server.serve(sockets=list(listeners))
 
+    open_many_files()
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(main())
+
+
+def open_many_files() -> None:
+    """Let this process open as many files as its hard limit allows, and have the kernel's table of them large at once.
+
+    A soft limit of 1,024, the usual one, is for programs that use ``select``. The table doubles when it is full, and a
+    process of several threads stands still meanwhile, for up to 25 milliseconds: with each doubling of its connections
+    a worker held up all its streams.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    reader, writer = os.pipe()
+    with suppress(OSError):  # not all kernels have a table, nor must there be a free place so high
+        os.close(fcntl.fcntl(reader, fcntl.F_DUPFD_CLOEXEC, min(wanted, FILES_AT_ONCE) - 1))
+    os.close(reader)
+    os.close(writer)
