@@ -6,6 +6,7 @@ import pytest
 import websockets
 from starlette.types import Receive, Scope, Send
 
+from gateway.server.protocol import GatewayProtocol
 from tests.served import GET, Application, answer, echo_messages, parse, read_answer, talk
 from tests.wire import both_event_loops, connected, leaving_server
 
@@ -69,6 +70,32 @@ async def test_requests_that_do_not_end_in_time_are_cancelled_when_the_server_le
     assert cut
     assert parse(refused)[0] == 503
     assert broken_off.endswith(b"1\r\nx\r\n")
+
+
+async def test_a_request_that_comes_at_the_very_moment_of_the_cut_is_answered_too() -> None:
+    class Late(Application):
+        """Another request comes once it is told to leave, and in the same turn of the loop all are cancelled."""
+
+        def begin_drain(self) -> None:
+            (connection,) = server.server_state.connections
+            assert isinstance(connection, GatewayProtocol)
+            connection.data_received(GET)
+
+    async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+        await answer(send)
+
+    async with (
+        leaving_server(Late(respond), drain_delay=0, drain_timeout=0) as (port, server, running),
+        connected(port) as (reader, writer),
+        asyncio.timeout(10),
+    ):
+        writer.write(GET)
+        await read_answer(reader)
+        server.retire()
+        status, _, _ = parse(await reader.read())
+        await running
+        assert status == 200
+        assert not server.server_state.tasks
 
 
 async def test_websockets_that_outlast_the_drain_are_closed_with_1012() -> None:

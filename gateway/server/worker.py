@@ -145,9 +145,10 @@ class GatewayServer(Server):
         for connection in list(connections):
             if not isinstance(connection, GatewayProtocol):
                 connection.shutdown()  # with code 1012, service restart
+        await asyncio.sleep(0)  # a request that came just now begins: cancelled before, it would answer nothing
         for task in list(tasks):
             task.cancel()
-        await _until(lambda: not tasks, LAST_WORDS)
+        await _until(lambda: all(task.done() for task in tasks), LAST_WORDS)
         await _until(lambda: not connections, POLL * 5)  # for what was written last to leave
         for connection in list(connections):
             connection.transport.abort()
