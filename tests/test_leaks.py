@@ -228,6 +228,64 @@ async def leaving() -> Any:
                 yield there, upstream
 
 
+# Requests that fail
+
+
+async def cut_short(request: Request, reader: Reader, writer: Writer) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc")
+    await writer.drain()
+    writer.transport.abort()
+
+
+async def dead(request: Request, reader: Reader, writer: Writer) -> None:
+    writer.transport.abort()
+
+
+async def silent(request: Request, reader: Reader, writer: Writer) -> None:
+    await reader.read()
+    writer.transport.abort()
+
+
+@pytest.mark.parametrize("ending", ["cut short", "dead", "unreachable", "too slow", "client left"])
+async def test_a_request_that_fails_leaves_no_cycle_of_objects(ending: str) -> None:
+    """Else only a full collection of garbage would free it, and they are rare."""
+    async with service({"cut short": cut_short, "dead": dead}.get(ending, silent)) as upstream:
+        url = "http://127.0.0.1:1" if ending == "unreachable" else upstream.url
+        environ = {"CHATBOT_SERVICE_URL": url, "CIRCUIT_BREAKER_FAILURE_THRESHOLD": "1000", "LOG_LEVEL": "ERROR"}
+        if ending == "too slow":
+            environ["FIRST_BYTE_TIMEOUT"] = "0.02"
+        app = create_app(Settings.load(environ))
+        async with serving_at_the_edge(app) as port:
+
+            async def ask() -> None:
+                asked = len(upstream.requests)
+                async with connected(port) as (reader, writer):
+                    writer.write(b"GET /api/v1/chat HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+                    if ending == "client left":
+                        await until(lambda: len(upstream.requests) > asked)
+                        writer.transport.abort()
+                    else:
+                        with suppress(ConnectionResetError):
+                            await reader.read()
+                await until(lambda: not app.proxy.exchanges)
+
+            for _ in range(3):
+                await ask()
+            gc.collect()
+            gc.disable()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            try:
+                for _ in range(10):
+                    await ask()
+                gc.collect()
+                ours = [type(one) for one in gc.garbage if type(one).__module__.startswith("gateway.")]
+            finally:
+                gc.set_debug(0)
+                gc.garbage.clear()
+                gc.enable()
+    assert ours == []
+
+
 def resident() -> int:
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

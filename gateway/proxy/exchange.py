@@ -133,6 +133,7 @@ class Exchange:
                 finally:
                     if failure is not None:
                         outcome = OUTCOMES[failure.cause]
+                        failure.__traceback__ = None  # it leads to frames that lead to it: a cycle, also below
                     place.finish(outcome, now())
                     used = self._let_go() if self._connection is not None else None
                 if failure is not None:
@@ -160,6 +161,7 @@ class Exchange:
                 self._listener.cancel()
         if error is not None:
             context.cause, context.reason = error.cause, error.reason
+            error.__traceback__ = None
             await self._tell(error)
 
     def abort(self, error: ForwardingError) -> None:
