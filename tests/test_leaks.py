@@ -24,6 +24,7 @@ from gateway.circuit_breaker import circuit_breaker_registry
 from gateway.middleware.admission import AdmissionASGI
 from gateway.settings import Settings
 from tests import asgi_call
+from tests.garbage import cyclic_garbage
 from tests.wire import (
     OK,
     Reader,
@@ -271,18 +272,11 @@ async def test_a_request_that_fails_leaves_no_cycle_of_objects(ending: str) -> N
 
             for _ in range(3):
                 await ask()
-            gc.collect()
-            gc.disable()
-            gc.set_debug(gc.DEBUG_SAVEALL)
-            try:
+            with cyclic_garbage() as garbage:
                 for _ in range(10):
                     await ask()
-                gc.collect()
-                ours = [type(one) for one in gc.garbage if type(one).__module__.startswith("gateway.")]
-            finally:
-                gc.set_debug(0)
-                gc.garbage.clear()
-                gc.enable()
+            ours = [type(one) for one in garbage if type(one).__module__.startswith("gateway.")]
+            garbage.clear()
     assert ours == []
 
 

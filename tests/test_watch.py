@@ -1,7 +1,6 @@
 """What passes between a request and its answer is noted alike by our server and by a watch; so is what layers add."""
 
 import asyncio
-import gc
 import os
 import types
 from collections.abc import AsyncIterator
@@ -22,6 +21,7 @@ from gateway.middleware.rate_limit import RateLimitASGI
 from gateway.server.protocol import GatewayProtocol
 from gateway.watch import Watch, end
 from tests.asgi_call import call, http
+from tests.garbage import cyclic_garbage
 from tests.wire import parse, send_raw, serving, until
 
 HEAD = b"POST /x HTTP/1.1\r\nHost: h\r\nConnection: close\r\n"
@@ -253,20 +253,11 @@ async def test_a_request_leaves_no_cycle_of_objects() -> None:
 
             for _ in range(10):
                 await ask()
-            gc.collect()
-            gc.disable()
-            gc.set_debug(gc.DEBUG_SAVEALL)
-            try:
+            with cyclic_garbage() as garbage:
                 for _ in range(100):
                     await ask()
-                gc.collect()
-                left = [
-                    thing for thing in gc.garbage if isinstance(thing, (RequestContext, Watch, types.CoroutineType))
-                ]
-            finally:
-                gc.set_debug(0)
-                gc.garbage.clear()
-                gc.enable()
+            left = [thing for thing in garbage if isinstance(thing, (RequestContext, Watch, types.CoroutineType))]
+            garbage.clear()
             writer.close()
             await writer.wait_closed()
             assert left == []
