@@ -87,7 +87,6 @@ class RedisLimiter:
         self._heartbeat = "heartbeat"
         self._openings: dict[int, bytes] = {}  # of a question, by the length of its key
         self._arguments: dict[int, dict[Figures, bytes]] = {}  # by cost and limits
-        self._lookup: asyncio.Task[Any] | None = None
         self._settled: SettledLoop | None = None  # where this runs; None: it does not
         self._closed = False
         self._shared: bool | None = None  # None: no answer yet, nor a failure
@@ -181,7 +180,7 @@ class RedisLimiter:
         self._settled = SettledLoop()
         self._loop = loop = self._settled.loop
         self._shared = None
-        self._lookup = None
+        self._lookup = HostLookup(getattr(self._connection, "host", None))
         self._ready: asyncio.Future[None] = loop.create_future()
         # of no request's context: it outlives the one that happened to start it
         self._keeper = loop.create_task(self._keep(self._settled), context=Context())
@@ -195,7 +194,7 @@ class RedisLimiter:
                 try:
                     if self._link is None:
                         async with asyncio.timeout(PATIENCE):
-                            await self._find()
+                            await self._lookup.succeed()
                             self._link = _Link(await _connect(self._connection), self._answered, self._broke)
                     heard = (await self._ask(self._heartbeat, HEARTBEAT_LIMITS, 1, OPEN)).mode != OPEN
                     if not heard and self._under_way and loop.time() - self._under_way[0][6] > PATIENCE:
@@ -209,32 +208,11 @@ class RedisLimiter:
             if self._settled is settled:
                 self._settled = self._shared = None
                 self._drop()
-                if self._lookup is not None:
-                    self._lookup.cancel()
-                    self._lookup = None
+                self._lookup.cancel()
                 if self._alarm is not None:
                     self._alarm.cancel()
                 if not self._ready.done():
                     self._ready.set_result(None)
-
-    async def _find(self) -> None:
-        """Look up Redis's host, at most once at a time: a lookup that hangs can't be ended, and keeps one of the few
-        threads in which services' names are looked up.
-
-        Raises:
-            OSError: there is no such name.
-        """
-        host = getattr(self._connection, "host", None)
-        if host is None:  # a unix socket
-            return
-        with suppress(gaierror):
-            getaddrinfo(host, None, flags=AI_NUMERICHOST)
-            return  # an address, for which no thread is needed
-        if self._lookup is None:
-            self._lookup = self._loop.create_task(self._loop.getaddrinfo(host, None, type=SOCK_STREAM))
-        await asyncio.wait([self._lookup])
-        lookup, self._lookup = self._lookup, None
-        lookup.result()
 
     def _ask(self, key: str, limits: Limits, cost: int, on_failure: str) -> "asyncio.Future[Decision]":
         """Ask Redis; decide without it where it does not answer in time, or not with a decision."""
@@ -394,6 +372,46 @@ class RedisLimiter:
             self._link = None
         self._release()
         self._under_way.clear()
+
+
+class HostLookup:
+    """Looks up Redis's host, at most once at a time.
+
+    A lookup that hangs can't be ended, and keeps one of the few threads in which services' names are looked up.
+
+    Args:
+        host: a name, or an address, for which no thread is needed; None: there is none to look up, as of a unix socket.
+    """
+
+    __slots__ = ("_host", "_under_way")
+
+    def __init__(self, host: str | None) -> None:
+        self._host = host
+        self._under_way: asyncio.Task[Any] | None = None
+
+    async def succeed(self) -> None:
+        """Return once there is an answer; one that is given up goes on, and the next waits for it.
+
+        Raises:
+            OSError: there is no such name.
+        """
+        if self._host is None:
+            return
+        with suppress(gaierror):
+            getaddrinfo(self._host, None, flags=AI_NUMERICHOST)
+            return
+        if self._under_way is None:
+            loop = asyncio.get_running_loop()
+            self._under_way = loop.create_task(loop.getaddrinfo(self._host, None, type=SOCK_STREAM))
+        await asyncio.wait([self._under_way])
+        done, self._under_way = self._under_way, None
+        done.result()
+
+    def cancel(self) -> None:
+        """Wait for it no longer."""
+        if self._under_way is not None:
+            self._under_way.cancel()
+            self._under_way = None
 
 
 class _Link(asyncio.Protocol):
