@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gateway.backends.fleet import Fleet
 from gateway.backends.health_checks import Ask, HealthChecks
 from gateway.backends.log_sink import LogSink, configure_logging, event_line, event_text
 from gateway.backends.memory import MemoryLimiter
@@ -25,7 +26,7 @@ from gateway.middleware.metrics import MetricsASGI
 from gateway.middleware.rate_limit import RateLimitASGI
 from gateway.middleware.system import SystemASGI
 from gateway.policies.callers import Networks
-from gateway.policies.circuit_breaker import CircuitBreaker, CircuitBreakerConfig, State
+from gateway.policies.circuit_breaker import CircuitBreaker, CircuitBreakerConfig, Event, State
 from gateway.policies.health import Health, Phase
 from gateway.policies.services import ServiceTable
 from gateway.policies.token_bucket import Limits
@@ -52,11 +53,16 @@ def create_app(settings: Settings | None = None) -> "Gateway":
     metrics = process_metrics()
     sink = LogSink(buffer_bytes=settings.log_buffer_bytes, on_drop=metrics.lines_dropped)
     table = ServiceTable(each.service for each in settings.services)
-    breakers = {each.service.name: _breaker(each.service.name, each.breaker, metrics) for each in settings.services}
+    breakers: dict[str, CircuitBreaker] = {}
+    fleet: Fleet | None = None
+    if settings.redis_url is not None:
+        fleet = Fleet(settings.redis_url, breakers, prefix=settings.redis_key_prefix, workers=settings.workers)
+    for each in settings.services:
+        breakers[each.service.name] = _breaker(each.service.name, each.breaker, metrics, fleet)
     parts = {"redis": settings.redis_url, "qdrant": settings.qdrant_url}
     health = Health(enabled=[part for part, url in parts.items() if url])
     limiter = _limiter(settings, metrics, health)
-    circuit_breaker_registry.replace_all(breakers)
+    circuit_breaker_registry.replace_all(breakers, fleet)
     metrics.expect(table.services)
 
     def refresh() -> None:
@@ -79,6 +85,8 @@ def create_app(settings: Settings | None = None) -> "Gateway":
             services=table,
             health=health,
             breakers=circuit_breaker_registry,
+            fleet=fleet,
+            replicas=proxy.replicas,
             allowed=Networks(settings.system_from),
             admin_token=settings.admin_token,
             workers=f"1 of {settings.workers}",
@@ -111,7 +119,7 @@ def create_app(settings: Settings | None = None) -> "Gateway":
         partial(BreakerASGI, breakers=breakers),
         around=proxy,
     )
-    return Gateway(app, settings, proxy=proxy, health=health, limiter=limiter, sink=sink, refresh=refresh)
+    return Gateway(app, settings, proxy=proxy, health=health, limiter=limiter, fleet=fleet, sink=sink, refresh=refresh)
 
 
 def stack(*layers: Layer, around: ASGIApp) -> ASGIApp:
@@ -124,7 +132,7 @@ def stack(*layers: Layer, around: ASGIApp) -> ASGIApp:
 
 
 class Gateway:
-    """The stack with what runs beside it: log, health checks, the limiter's connection, the connections upstream.
+    """The stack with what runs beside it: log, health checks, the connections to Redis and to the services.
 
     A server that knows more than ASGI can ask it for more: to announce that it drains, to end what still streams, and
     to log and count what the server itself refuses.
@@ -138,6 +146,7 @@ class Gateway:
         proxy: ProxyApp,
         health: Health,
         limiter: MemoryLimiter | RedisLimiter,
+        fleet: Fleet | None,
         sink: LogSink,
         refresh: Callable[[], None],
     ) -> None:
@@ -146,6 +155,7 @@ class Gateway:
         self.proxy = proxy
         self.health = health
         self.limiter = limiter
+        self.fleet = fleet
         self.sink = sink
         self.refresh = refresh
 
@@ -155,6 +165,8 @@ class Gateway:
         else:
             if self.health.phase is STARTING:  # mounted, so without a lifespan: ready as soon as it is asked
                 self.health.serve()
+                if self.fleet is not None:
+                    self.fleet.start()
             await self.app(scope, receive, send)
 
     def begin_drain(self) -> None:
@@ -207,6 +219,9 @@ class Gateway:
         if isinstance(limiter, RedisLimiter):
             running.push_async_callback(limiter.aclose)
             await limiter.start()
+        if self.fleet is not None:
+            running.push_async_callback(self.fleet.aclose)
+            self.fleet.start()
         if settings.qdrant_url:
             qdrant = QdrantCheck(settings.qdrant_url)
             running.push_async_callback(qdrant.aclose)
@@ -239,13 +254,16 @@ def _limiter(settings: Settings, metrics: Metrics, health: Health) -> MemoryLimi
     )
 
 
-def _breaker(name: str, config: CircuitBreakerConfig, metrics: Metrics) -> CircuitBreaker:
-    def changed(old: State, new: State, why: str) -> None:
+def _breaker(name: str, config: CircuitBreakerConfig, metrics: Metrics, fleet: Fleet | None) -> CircuitBreaker:
+    def changed(old: State, new: State, why: Event) -> None:
         metrics.breaker_changed(name, new)
-        logger.log(
-            logging.WARNING if new is State.OPEN else logging.INFO,
-            "Circuit breaker '%s' went from %s to %s: %s", name, old, new, why,
-            extra={"service": name},
-        )  # fmt: skip
+        if fleet is not None:
+            fleet.changed(name, why)
+        if why is not Event.RESET:  # of which there is a line already, with who and why
+            logger.log(
+                logging.WARNING if new is State.OPEN else logging.INFO,
+                "Circuit breaker '%s' went from %s to %s: %s", name, old, new, why,
+                extra={"service": name},
+            )  # fmt: skip
 
     return CircuitBreaker(name, config, on_change=changed)

@@ -3,6 +3,7 @@
 Mistakes in the settings are printed all at once on standard error, before anything listens; the exit status is 2.
 """
 
+import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
@@ -11,6 +12,7 @@ from urllib.parse import quote
 import click
 
 from gateway import __version__
+from gateway.circuit_breaker import UnknownBreakerError, check_reason, this_process
 from gateway.settings import ServiceSettings, Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 DOTENV = ".env"  # in the working directory
+LOCAL = "http://127.0.0.1:8080"
 MISTAKEN = 2
 CONTEXT = find_spec("gateway.context")  # among what is compiled where anything is
 COMPILED = " (compiled)" if CONTEXT and not str(CONTEXT.origin).endswith(".py") else ""
@@ -87,17 +90,34 @@ def demo(host: str, port: int, restart_after: float) -> None:
 
 @main.command()
 @click.argument("name")
-@click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="Where the gateway listens.")
-def reset(name: str, url: str) -> None:
-    """Close the circuit breaker NAME, such as chatbot-service, of a running gateway; its ADMIN_TOKEN must be set."""
-    token = or_exit(lambda: Settings.from_environment(dotenv=DOTENV, supervised=True)).admin_token
+@click.option("--url", help=f"Ask a gateway there over HTTP, with ADMIN_TOKEN. Without REDIS_URL: {LOCAL}.")
+@click.option("--reason", default="", help="Why, for the log of every worker.")
+def reset(name: str, url: str | None, reason: str) -> None:
+    """Close the circuit breaker NAME, such as chatbot-service, in every worker that meets others at REDIS_URL."""
+    settings = or_exit(lambda: Settings.from_environment(dotenv=DOTENV, supervised=True))
+    try:
+        check_reason(reason)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--reason") from None
+    if url is None and settings.redis_url is not None:
+        from gateway.backends.fleet import reset_through_redis
+
+        by = this_process("ai-gateway reset")
+        try:
+            workers = reset_through_redis(settings.redis_url, settings.redis_key_prefix, name, by=by, reason=reason)
+        except (UnknownBreakerError, ConnectionError) as error:
+            raise click.ClickException(f"Not reset: {error}") from None
+        click.echo(json.dumps({"service": name, "state": "closed", "workers": workers}))
+        return
+    url, token = url or LOCAL, settings.admin_token
     if token is None:
-        raise click.ClickException("ADMIN_TOKEN is not set, and without one nobody may reset a breaker")
+        raise click.ClickException("ADMIN_TOKEN is not set, and without one nobody may reset a breaker over HTTP")
     import httpx
 
     address = f"{url.rstrip('/')}/circuit-breakers/{quote(name, safe='')}/reset"
+    body = {"reason": reason} if reason else None
     try:
-        answer = httpx.post(address, headers={"authorization": f"Bearer {token}"}, trust_env=False)
+        answer = httpx.post(address, headers={"authorization": f"Bearer {token}"}, json=body, trust_env=False)
     except httpx.HTTPError as error:
         raise click.ClickException(f"No answer from the gateway at {url}: {error}") from None
     if not answer.is_success:

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "app": {*VOCABULARY, "settings", "middleware", "proxy", "backends"},
     "demo": {"policies", "settings", "app", "server"},
     "main": {"settings", "app"},
-    "cli": {"settings", "app", "server", "demo"},
+    "cli": {"settings", "app", "server", "demo", "circuit_breaker", "backends"},
     "__main__": {"cli"},
 }
 # What it may besides import in a function, as the default of an option, or for its types.
@@ -41,6 +41,7 @@ MAY_IMPORT_LATER = {
     "__init__": {*MAY_IMPORT} - {"__init__", "main", "cli", "__main__"},
     "middleware": {"proxy", "backends"},
     "proxy": {"backends"},
+    "circuit_breaker": {"settings", "backends"},  # for a process that is none of the gateway's own
 }
 # Policies decide: what waits, looks at the clock or reaches outside is not for them.
 NOT_FOR_POLICIES = {"asyncio", "io", "logging", "os", "pathlib", "selectors", "signal", "socket", "ssl", "subprocess"}

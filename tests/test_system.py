@@ -2,7 +2,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gateway.context import Cause, RequestContext
 from gateway.middleware.system import SystemASGI
@@ -20,14 +20,16 @@ READS = ["/health", "/health/live", "/health/ready", "/metrics", "/circuit-break
 class Breakers:
     def __init__(self) -> None:
         self.reset: list[str] = []
+        self.told: list[Mapping[str, str]] = []
 
     def status(self) -> Mapping[str, Mapping[str, Any]]:
         return STATUS
 
-    def reset_breaker(self, name: str) -> None:
+    def reset_breaker(self, name: str, **told: str) -> None:
         if name not in STATUS:
             raise KeyError(name)
         self.reset.append(name)
+        self.told.append(told)
 
 
 class OnlyLoopback:
@@ -81,7 +83,7 @@ async def test_starting_and_draining_are_503_but_alive() -> None:
 
 async def test_circuit_breakers_show_their_status() -> None:
     answer = await call(system(breakers=Breakers()), http("/circuit-breakers"))
-    assert (answer.status, answer.json) == (200, STATUS)
+    assert (answer.status, answer.json) == (200, {name: {**each, "workers": "1 of 1"} for name, each in STATUS.items()})
 
 
 async def test_metrics_are_prometheus_text_or_openmetrics_where_asked_for() -> None:
@@ -134,6 +136,61 @@ async def test_a_reset_with_the_token_closes_the_breaker() -> None:
         {"service": "chatbot-service", "state": "closed", "workers": "1 of 4"},
     )
     assert breakers.reset == ["chatbot-service"]
+
+
+def body(*parts: bytes) -> list[Message]:
+    last = len(parts) - 1
+    return [{"type": "http.request", "body": part, "more_body": at < last} for at, part in enumerate(parts)]
+
+
+async def test_a_reset_tells_who_and_why() -> None:
+    breakers = Breakers()
+    layer = system(breakers=breakers, admin_token=TOKEN.decode())
+    bearing = reset("chatbot-service", b"bearer " + TOKEN)
+    whole = b'{"reason": "deployed \xe2\x80\x93 fixed"}'
+    for given in (
+        body(b""),
+        body(b"{}"),
+        body(whole[:9], whole[9:23], whole[23:]),
+        body(b'{"reason":"%b"}' % (b"x" * 200)),
+    ):
+        assert (await call(layer, bearing, given)).status == 200
+    assert (await call(layer, {**bearing, "client": None}, body(whole))).status == 200
+    assert [told["reason"] for told in breakers.told] == ["", "", "deployed – fixed", "x" * 200, "deployed – fixed"]
+    assert [told["by"] for told in breakers.told] == ["192.0.2.7"] * 4 + ["the peer of a unix socket"]
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        *((text, 400) for text in (b"{", b"7", b"[]", b'"x"', b"\xff", b'{"reason": 7}', b'{"reason": null}')),
+        *((b'{"reason": "%b"}' % text, 400) for text in (b"a\\nb", b"\\u001b[31m", b"\\ud800", b"x" * 201)),
+        (b'{"reason": "x", "force": true}', 400),
+        (b'{"reason": "%b"}' % (b"x" * 4096), 413),
+    ],
+)
+async def test_a_reset_with_an_unfit_reason_is_refused(given: bytes, status: int) -> None:
+    breakers = Breakers()
+    layer = system(breakers=breakers, admin_token=TOKEN.decode())
+    assert (await call(layer, reset("chatbot-service", b"bearer " + TOKEN), body(given))).status == status
+    assert (await call(layer, reset("chatbot-service", b"bearer wrong"), body(given))).status == 401
+    assert breakers.told == []
+
+
+async def test_a_reset_whose_client_leaves_before_it_has_said_why_does_nothing() -> None:
+    breakers = Breakers()
+    layer = system(breakers=breakers, admin_token=TOKEN.decode())
+    part = {"type": "http.request", "body": b'{"rea', "more_body": True}
+    answer = await call(layer, reset("chatbot-service", b"bearer " + TOKEN), [part, {"type": "http.disconnect"}])
+    assert (answer.sent, breakers.told) == ([], [])
+
+
+async def test_replicas_are_shown_where_asked_for() -> None:
+    replicas = {"chatbot-service": [{"address": "http://chatbot:8004", "in_flight": 0}]}
+    layer = system(breakers=Breakers(), replicas=lambda: replicas)
+    for query, shown in ((b"replicas=1", True), (b"a=b&replicas=1", True), (b"replicas=0", False), (b"", False)):
+        answer = await call(layer, http("/circuit-breakers", query_string=query))
+        assert answer.json["chatbot-service"].get("replicas") == (replicas["chatbot-service"] if shown else None)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
 """The gateway's own paths, and the way of every other request to its service."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from hmac import compare_digest
 from time import time
 from typing import Any, Protocol
 from urllib.parse import quote
 
+import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.circuit_breaker import check_reason
 from gateway.context import KEY, Cause, RequestContext
 from gateway.policies.health import Health
 from gateway.policies.services import Service, UnsafePathError
@@ -31,6 +33,7 @@ FORWARDED = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 MOST_REMEMBERED = 2048  # paths and where they lead; at most 512 KiB of them
 LONGEST_REMEMBERED = 256
 QUESTION_MARK = ord("?")  # a search for a byte by its number is many times faster than by a string of one
+LONGEST_REASON = 4096  # bytes of a reset's body: 200 characters of a reason, however they are written
 OPENMETRICS = b"application/openmetrics-text"
 
 
@@ -41,11 +44,20 @@ class Routes(Protocol):
 
 
 class Breakers(Protocol):
-    """The circuit breakers; an unknown name is a KeyError (or another LookupError)."""
+    """The circuit breakers of this worker."""
 
     def status(self) -> Mapping[str, Mapping[str, Any]]: ...
 
-    def reset_breaker(self, name: str) -> object: ...
+    def reset_breaker(self, name: str, *, by: str, reason: str) -> object: ...
+
+
+class Fleet(Protocol):
+    """Those of all workers: with ``workers`` in each status, and returned by a reset, in words."""
+
+    async def status(self) -> Mapping[str, Mapping[str, Any]]: ...
+
+    async def reset_breaker(self, service: str, *, by: str, reason: str) -> str:
+        """Raises LookupError where no worker has such a breaker."""
 
 
 class Peers(Protocol):
@@ -67,9 +79,11 @@ class SystemASGI:
         services: where paths lead.
         health: what the health paths report; without one, that all is well.
         breakers: what ``/circuit-breakers`` shows and resets.
+        fleet: the same over all workers, shown and reset in place of those of this one.
+        replicas: what is known of each service's replicas, shown there with ``?replicas=1``.
         allowed: who may ask for the gateway's own paths; None: everyone.
         admin_token: what a reset must bring as its bearer token; None: no reset over HTTP.
-        workers: how many workers a reset reaches, in words.
+        workers: for how many workers this one speaks without a fleet, in words.
         before_metrics: called before each answer of ``/metrics``, to bring it up to date.
         now: seconds since 1970.
     """
@@ -81,6 +95,8 @@ class SystemASGI:
         services: Routes | None = None,
         health: Health | None = None,
         breakers: Breakers | None = None,
+        fleet: Fleet | None = None,
+        replicas: Callable[[], Mapping[str, Sequence[Mapping[str, Any]]]] = dict,
         allowed: Peers | None = None,
         admin_token: str | None = None,
         workers: str = "1 of 1",
@@ -93,6 +109,8 @@ class SystemASGI:
         self.app = app
         self.health = health
         self.breakers = breakers
+        self.fleet = fleet
+        self.replicas = replicas
         self.allowed = allowed
         self.admin_token = admin_token.encode() if admin_token else None
         self.workers = workers
@@ -173,9 +191,9 @@ class SystemASGI:
             send = _without_body(send)
 
         if endpoint == RESET:
-            await self._reset(name, scope, send)
+            await self._reset(name, scope, receive, send)
         elif endpoint == BREAKERS:
-            await self._tell(scope, send, {} if self.breakers is None else self.breakers.status())
+            await self._show_breakers(scope, send)
         elif endpoint == "/metrics":
             self.before_metrics()
             response = await asyncio.to_thread(_metrics, scope)  # many series take a while: requests go on meanwhile
@@ -188,7 +206,18 @@ class SystemASGI:
     async def _tell(self, scope: Scope, send: Send, body: Mapping[str, Any], status: int = 200) -> None:
         await answer_json(scope, send, status, body, [(b"cache-control", b"no-store")])
 
-    async def _reset(self, name: str, scope: Scope, send: Send) -> None:
+    async def _show_breakers(self, scope: Scope, send: Send) -> None:
+        shown: dict[str, Mapping[str, Any]] = {}
+        if self.fleet is not None:
+            shown.update(await self.fleet.status())
+        elif self.breakers is not None:
+            shown = {name: {**status, "workers": self.workers} for name, status in self.breakers.status().items()}
+        if b"replicas=1" in scope.get("query_string", b"").split(b"&"):
+            replicas = self.replicas()
+            shown = {name: {**status, "replicas": replicas.get(name, ())} for name, status in shown.items()}
+        await self._tell(scope, send, shown)
+
+    async def _reset(self, name: str, scope: Scope, receive: Receive, send: Send) -> None:
         if self.admin_token is None:
             message = "Resetting over HTTP is switched off: no ADMIN_TOKEN is set"
             await self._refuse(scope, send, 403, message, "no_admin_token")
@@ -198,13 +227,29 @@ class SystemASGI:
             await self._refuse(scope, send, 401, message, "unauthorized", (b"www-authenticate", b"Bearer"))
             return
         try:
-            if self.breakers is None:
+            reason = await _read_reason(receive)
+        except OverflowError:
+            await self._refuse(scope, send, 413, f"A reason takes at most {LONGEST_REASON} bytes", "body_too_large")
+            return
+        except ValueError as error:
+            await self._refuse(scope, send, 400, f'The body may be {{"reason": "..."}}: {error}', "bad_reason")
+            return
+        if reason is None:  # its client left
+            return
+        client = scope.get("client")
+        by = client[0] if client else "the peer of a unix socket"
+        workers = self.workers
+        try:
+            if self.fleet is not None:
+                workers = await self.fleet.reset_breaker(name, by=by, reason=reason)
+            elif self.breakers is None or name not in self.breakers.status():  # else it might look for it elsewhere
                 raise LookupError(name)
-            self.breakers.reset_breaker(name)
+            else:
+                self.breakers.reset_breaker(name, by=by, reason=reason)
         except LookupError:
             await self._refuse(scope, send, 404, f"No circuit breaker is called '{name[:100]}'", "unknown_service")
             return
-        await self._tell(scope, send, {"service": name, "state": "closed", "workers": self.workers})
+        await self._tell(scope, send, {"service": name, "state": "closed", "workers": workers})
 
     async def _refuse(
         self, scope: Scope, send: Send, status: int, message: str, reason: str, *headers: tuple[bytes, bytes]
@@ -228,6 +273,30 @@ def _bears(scope: Scope, token: bytes) -> bool:
         return False
     scheme, _, credentials = given[0].partition(b" ")
     return compare_digest(credentials.strip(), token) and scheme.lower() == b"bearer"
+
+
+async def _read_reason(receive: Receive) -> str | None:
+    """Why a breaker is reset, from a request's body, which may be empty; None where it does not come whole.
+
+    Raises:
+        OverflowError: the body is too large.
+        ValueError: it is not what it may be.
+    """
+    body, more_body = b"", True
+    while more_body:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        more_body = message.get("more_body", False)
+        if len(body) > LONGEST_REASON:
+            raise OverflowError
+    if not body:
+        return ""
+    given = orjson.loads(body)
+    if not isinstance(given, dict) or given.keys() - {"reason"} or not isinstance(given.get("reason", ""), str):
+        raise ValueError("nothing else, and a text")
+    return check_reason(given.get("reason", ""))
 
 
 def _without_body(send: Send) -> Send:

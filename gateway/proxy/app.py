@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.context import Cause, RequestContext
 from gateway.outbox import Outbox
 from gateway.policies.callers import TrustedProxies
+from gateway.policies.replicas import Replicas
 from gateway.policies.services import Service, ServiceTable, UnsafePathError
 from gateway.problems import ForwardingError, answer
 from gateway.proxy.exchange import Exchange
@@ -118,6 +119,17 @@ class ProxyApp:
     def open_connections(self) -> int:
         """To all services."""
         return sum(route.open_connections for route in self._routes.values())
+
+    def replicas(self) -> dict[str, list[dict[str, Any]]]:
+        """By service, what this process knows of each replica; ``Replicas.status`` says what that is."""
+        now = self._loop.time() if self._loop is not None else 0.0
+        routes = self._routes
+        return {
+            service.name: (
+                routes[service.name].replicas if service.name in routes else Replicas(service.replicas)
+            ).status(now)
+            for service in self.services.services
+        }
 
     def cut(self) -> None:
         """End every answer that still runs: with an ``error`` event where that is possible (RESILIENCE.md, 6)."""
