@@ -16,6 +16,7 @@ import pytest
 from redis import Redis
 
 from gateway.app import Gateway, create_app
+from gateway.backends import fleet as backend
 from gateway.backends.fleet import Fleet
 from gateway.circuit_breaker import CircuitBreakerRegistry, UnknownBreakerError
 from gateway.settings import Settings
@@ -561,6 +562,23 @@ async def test_it_can_be_left_at_any_moment(redis: RedisServer) -> None:
         async with asyncio.timeout(2):
             await fleet.aclose()
     await until(lambda: b"connected_clients:1\r" in redis.command("INFO", "clients"))
+
+
+async def test_what_could_not_be_told_in_time_is_told_no_more(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with three(redis) as ((first, *others), upstream):
+        monkeypatch.setattr(backend, "STALE", 0.2)
+        redis.kill()
+        await first.shows(workers="1 of 3")
+        await first.fails(5)
+        await asyncio.sleep(0.25)
+        await start(redis)
+        for pod in (first, *others):
+            await pod.shows(workers="3 of 3")
+        for pod in others:
+            await pod.fails(2)
+        assert len(upstream.requests) == 9
 
 
 async def test_mounted_without_a_lifespan_it_starts_by_itself(redis: RedisServer) -> None:

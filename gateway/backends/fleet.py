@@ -118,7 +118,7 @@ class Fleet:
             reset_by_hand(breaker, monotonic(), by=by, reason=reason)
             reached = 1
         self._seen = None
-        if self.connected:
+        if self._hears_peers():
             question = await self._ask("reset", RESET_WITHIN, service=service, by=by, reason=reason)
             reached += sum(answer.get("known") is True for answer in question.answers.values())
         if reached == 0:
@@ -136,8 +136,12 @@ class Fleet:
         size = max(1 + len(peers), self.size)
         return {name: {**_together(each), "workers": f"{len(each)} of {size}"} for name, each in found.items()}
 
+    def _hears_peers(self) -> bool:
+        """In the loop where this runs; in another, in a thread of its own, a worker speaks for itself alone."""
+        return self.connected and asyncio.get_running_loop() is self._loop
+
     async def _peers(self) -> list[dict[str, Any]]:
-        if not self.connected:
+        if not self._hears_peers():
             return []
         if self._seen is None or monotonic() - self._seen[0] > SEEN_FOR:
             if self._asking is None or self._asking.done():
@@ -149,7 +153,7 @@ class Fleet:
     async def _ask(self, kind: str, within: float, **fields: Any) -> "_Question":
         """Ask all peers; return when all have answered, or after so many seconds."""
         number = next(self._numbers)
-        question = self._questions[number] = _Question()
+        question = self._questions[number] = _Question(monotonic() + within)
         self._tell(kind, question, number=number, **fields)
         try:
             with suppress(TimeoutError):
@@ -297,7 +301,7 @@ class Fleet:
                     await self._something_to_tell.wait()
 
     async def _publish(self, client: "Redis", telling: "_Telling") -> None:
-        if monotonic() - telling.since > STALE:
+        if monotonic() > telling.until:
             return
         try:
             async with asyncio.timeout(PATIENCE):
@@ -312,21 +316,22 @@ class Fleet:
 
 
 class _Telling:
-    """A message on its way."""
+    """A message on its way, and until when it is worth telling."""
 
-    __slots__ = ("channel", "data", "question", "since")
+    __slots__ = ("channel", "data", "question", "until")
 
     def __init__(self, channel: str, data: bytes, question: "_Question | None") -> None:
         self.channel = channel
         self.data = data
         self.question = question
-        self.since = monotonic()
+        self.until = monotonic() + STALE if question is None else question.until
 
 
 class _Question:
-    """A question to all peers, and what each has answered."""
+    """A question to all peers, until when it is waited for answers, and what each has answered."""
 
-    def __init__(self) -> None:
+    def __init__(self, until: float) -> None:
+        self.until = until
         self.answers: dict[str, dict[str, Any]] = {}
         self.complete = asyncio.Event()
         self._expected: int | None = None
