@@ -1,12 +1,15 @@
-"""The circuit breaker's promises (RESILIENCE.md, 1): by example, against a naive model, over all short histories."""
+"""The circuit breaker's promises (RESILIENCE.md, 1): by example, each as a property, and against a naive model."""
 
+import logging
 from collections import Counter
-from copy import deepcopy
+from collections.abc import Callable, Iterator
+from copy import copy, deepcopy
+from itertools import cycle, product
 from math import inf
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -31,7 +34,7 @@ from gateway.policies.circuit_breaker import (
 
 CLOSED, OPEN, HALF_OPEN = State
 SUCCESS, FAILURE, NEUTRAL = Outcome
-NAIVE = CircuitBreakerConfig(min_failure_ratio=0)
+logger = logging.getLogger(__name__)  # what was found: `pytest --log-cli-level=INFO tests/test_circuit_breaker.py`
 
 
 def permit_of(breaker: CircuitBreaker, now: float) -> Permit:
@@ -392,7 +395,7 @@ def test_a_half_open_one_closes_when_a_peer_does_and_its_next_outcome_decides() 
     assert breaker.state(64) is OPEN
 
 
-# --- against a naive model
+# --- the naive model
 
 
 class Model:
@@ -402,7 +405,8 @@ class Model:
         self.config = config
         self.lease = min(config.timeout, 30)
         self.now = 0.0
-        self.total = 0
+        self.total = self.refused = 0
+        self.changes: list[tuple[State, State, Event]] = []
         self.opened_at: float | None = None
         self.alarm: tuple[float, float] | None = None
         self.new_generation(forget=True)
@@ -445,9 +449,15 @@ class Model:
     def admits(self) -> bool:
         return self.state() is CLOSED or (self.state() is HALF_OPEN and len(self.in_lease()) < self.slots())
 
-    def open(self) -> None:
+    def open(self, why: Event) -> None:
+        self.changes.append((self.state(), OPEN, why))
         self.new_generation(forget=False)
         self.opened_at = self.now
+
+    def close(self, why: Event) -> None:
+        if self.state() is not CLOSED:
+            self.changes.append((self.state(), CLOSED, why))
+        self.new_generation(forget=True)
 
     def conclude(self, number: int, began: float, outcome: Outcome, caller: str | None = None) -> None:
         was_probe = number in self.probes or self.state() is HALF_OPEN
@@ -458,32 +468,32 @@ class Model:
         self.outcomes.append((self.now, failed, caller if failed else None))
         if was_probe:
             if failed:
-                self.open()
+                self.open(Event.PROBE_FAILED)
             else:
                 self.successes += 1
                 if self.successes >= self.config.success_threshold:
-                    self.new_generation(forget=True)
+                    self.close(Event.RECOVERED)
             return
         threshold, ratio = self.config.failure_threshold, self.config.min_failure_ratio
         enough = self.failures() >= threshold and self.failures() / len(self.window()) >= ratio
         if failed and (self.run() >= threshold or enough):
-            self.open()
+            self.open(Event.TRIPPED)
         elif self.alarm is not None and self.now < self.alarm[1] and began >= self.alarm[0]:
             self.alarm = None
             if failed:
-                self.open()
+                self.open(Event.ALARMED)
 
     def hear_alarm(self) -> None:
         if self.state() is CLOSED:
             window = self.window()
             if window and window[-1][1] and self.now - window[-1][0] < 5:
-                self.open()
+                self.open(Event.ALARMED)
             else:
                 self.await_own_outcome()
 
     def hear_closing(self) -> None:
         if self.state() is HALF_OPEN:
-            self.new_generation(forget=True)
+            self.close(Event.PEER_RECOVERED)
             self.await_own_outcome()
 
     def await_own_outcome(self) -> None:
@@ -499,38 +509,57 @@ class Held:
 
 
 class Pair:
-    """The breaker and its model, led through the same history and compared at each step."""
+    """The breaker and its model, led through the same history."""
 
     def __init__(self, config: CircuitBreakerConfig) -> None:
-        self.breaker = CircuitBreaker("search-service", config)
+        self.breaker = CircuitBreaker("search-service", config, on_change=self.note)
         self.model = Model(config)
         self.held: list[Held] = []
+        self.changes: list[tuple[State, State, Event]] = []
+
+    def note(self, old: State, new: State, why: Event) -> None:
+        self.changes.append((old, new, why))
+
+    def do(self, name: str, *arguments: Any) -> None:
+        """One step of a history, a method's name and arguments; to finish a call where there is none is nothing."""
+        if name in ("finish", "abandon", "pass_early", "lose"):
+            if not self.held:
+                return
+            arguments = (arguments[0] % len(self.held), *arguments[1:])
+        getattr(self, name)(*arguments)
+
+    def twin(self) -> CircuitBreaker:
+        """The breaker once more, to try things with."""
+        self.breaker.on_change = None
+        twin = deepcopy(self.breaker)
+        self.breaker.on_change = self.note
+        return twin
 
     def acquire(self) -> None:
         model = self.model
         admits, state, lease = model.admits(), model.state(), model.lease
         given = self.breaker.acquire(model.now)
         if isinstance(given, Refusal):
+            model.refused += 1
             assert not admits
             assert given.state is state
             assert given.retry_after > 0
             if state is HALF_OPEN:
                 assert given.retry_after <= lease
             return
-        assert admits  # P1, P2
+        assert admits
         assert given.probe == (state is HALF_OPEN)
         model.total += 1
         if given.probe:
             model.probes[model.total] = model.now
-            assert len(model.in_lease()) <= model.slots()
         self.held.append(Held(given, model.total, model.generation))
 
     def finish(self, index: int, outcome: Outcome, *, again: bool = False) -> None:
         held = self.held.pop(index)
         held.permit.finish(outcome, self.model.now)
         if again:
-            held.permit.finish(FAILURE, self.model.now)  # P5
-        if held.generation is self.model.generation:  # P4
+            held.permit.finish(FAILURE, self.model.now)
+        if held.generation is self.model.generation:
             self.model.conclude(held.number, held.permit.began, outcome)
 
     def abandon(self, index: int, caller: str, waited: float) -> None:
@@ -550,14 +579,18 @@ class Pair:
         if rest is not None:
             self.held.append(Held(rest, -1, self.model.generation))
 
+    def lose(self, index: int) -> None:
+        del self.held[index]  # a call that hangs or crashes, and never finishes its permit
+
     def advance(self, seconds: float) -> None:
         self.model.now += seconds
 
+    def rest(self, times: int) -> None:
+        self.model.now += times * self.model.config.timeout
+
     def reset(self) -> None:
         self.breaker.reset(self.model.now)
-        self.model.new_generation(forget=True)
-        assert not self.breaker._window
-        assert not self.breaker._leases
+        self.model.close(Event.RESET)
 
     def hear_alarm(self) -> None:
         self.breaker.heard_alarm(self.model.now)
@@ -575,21 +608,30 @@ class Pair:
         status = breaker.status(now)
         assert status["state"] == model.state()
         assert status["total_calls"] == model.total
-        assert status["recent_failures"] == model.failures()  # P7
+        assert status["refused_calls"] == model.refused
+        assert status["times_opened"] == sum(new is OPEN for _, new, _ in model.changes)
+        assert status["retry_after"] == round(wait, 3)
+        assert status["recent_failures"] == model.failures()
         assert status["recent_calls"] == len(model.window())
         assert status["failure_count"] == model.run()
         assert len(breaker._window) <= model.config.window_size
         assert len(breaker._leases) <= model.config.success_threshold
         assert breaker._gave_up == {who for _, _, who in model.window() if who is not None}
+        assert [change for change in self.changes if change[2] is not Event.RESTED] == model.changes
 
     def look_ahead(self) -> None:
-        """P6: what it says is what the next ``acquire`` does, now and then. P3: within one lease of being half-open."""
-        now, wait = self.model.now, self.breaker.retry_after(self.model.now)
-        if wait:
-            assert isinstance(deepcopy(self.breaker).acquire(now + wait - 1 / 16), Refusal)
-        assert isinstance(deepcopy(self.breaker).acquire(now + wait), Permit)
-        if self.breaker.state(now) is HALF_OPEN:
-            assert isinstance(deepcopy(self.breaker).acquire(now + self.model.lease), Permit)
+        """What it says is what the next ``acquire`` does (P6); half-open, that is a permit within a lease (P3)."""
+        now, state, wait = self.model.now, self.breaker.state(self.model.now), self.breaker.retry_after(self.model.now)
+        given = self.twin().acquire(now)
+        if isinstance(given, Refusal):
+            assert (given.state, given.retry_after) == (state, wait)
+            assert isinstance(self.twin().acquire(now + wait - 1 / 16), Refusal)
+        else:
+            assert wait == 0
+            assert given.probe == (state is HALF_OPEN)
+        assert isinstance(self.twin().acquire(now + wait), Permit)
+        if state is HALF_OPEN:
+            assert isinstance(self.twin().acquire(now + self.model.lease), Permit)
 
 
 CONFIGS = st.builds(
@@ -600,6 +642,183 @@ CONFIGS = st.builds(
     window_size=st.integers(1, 8),
     min_failure_ratio=st.sampled_from([0, 0.2, 0.5, 1]),
 )
+INDEX = st.integers(0, 5)  # of a call in flight
+WAITS = st.sampled_from([0.125, 0.5, 1, 5, 30])
+STEPS = st.one_of(
+    st.just(("acquire",)),
+    st.just(("acquire",)),
+    st.tuples(st.just("finish"), INDEX, st.sampled_from(Outcome)),
+    st.tuples(st.just("finish"), INDEX, st.sampled_from(Outcome)),
+    st.tuples(st.just("abandon"), INDEX, st.sampled_from("ab"), st.sampled_from([30, 30.125])),
+    st.tuples(st.just("pass_early"), INDEX),
+    st.tuples(st.just("lose"), INDEX),
+    st.tuples(st.just("advance"), WAITS),
+    st.tuples(st.just("rest"), st.sampled_from([1, 1, 1, 10])),
+    st.sampled_from([("reset",), ("hear_alarm",), ("hear_closing",)]),
+)
+BREAKS = [step for _ in range(4) for step in (("acquire",), ("finish", -1, FAILURE))]
+BEGINNINGS: list[list[tuple[Any, ...]]] = [
+    [],
+    [("acquire",), ("acquire",), *BREAKS],  # open, with calls in flight from before
+    [("acquire",), *BREAKS, ("rest", 1)],  # half-open
+    [("acquire",), *BREAKS, ("rest", 1), ("acquire",), ("acquire",)],  # with probes out
+]
+HISTORIES = st.builds(lambda beginning, steps: beginning + steps, st.sampled_from(BEGINNINGS), st.lists(STEPS))
+WAYS: list[Callable[[Permit, float], object]] = [
+    lambda permit, now: permit.finish(SUCCESS, now),
+    lambda permit, now: permit.finish(FAILURE, now),
+    lambda permit, now: permit.finish(NEUTRAL, now),
+    lambda permit, now: permit.finish_abandoned(now, caller="c", waited=31),
+    lambda permit, now: permit.succeed_so_far(now),
+]
+
+
+def led(config: CircuitBreakerConfig, history: list[tuple[Any, ...]]) -> Iterator[Pair]:
+    """The pair after each step."""
+    pair = Pair(config)
+    for step in history:
+        pair.do(*step)
+        yield pair
+
+
+def at_the_end(config: CircuitBreakerConfig, history: list[tuple[Any, ...]]) -> Pair:
+    return [Pair(config), *led(config, history)][-1]
+
+
+def inside(pair: Pair) -> dict[str, Any]:
+    """All that the breaker is, what is too old forgotten."""
+    pair.breaker.status(pair.model.now)
+    return {name: copy(value) for name, value in vars(pair.breaker).items()}
+
+
+@given(CONFIGS, HISTORIES)
+def test_p1_nothing_passes_while_it_is_open_before_its_timeout(
+    config: CircuitBreakerConfig, history: list[tuple[Any, ...]]
+) -> None:
+    for pair in led(config, history):
+        if pair.model.state() is OPEN:
+            assert pair.model.opened_at is not None
+            assert isinstance(pair.twin().acquire(pair.model.now), Refusal)
+            assert isinstance(pair.twin().acquire(pair.model.opened_at + config.timeout - 1 / 16), Refusal)
+            assert isinstance(pair.twin().acquire(pair.model.opened_at + config.timeout), Permit)
+
+
+@given(CONFIGS, HISTORIES)
+def test_p2_probes_within_their_lease_are_never_more_than_are_needed(
+    config: CircuitBreakerConfig, history: list[tuple[Any, ...]]
+) -> None:
+    for pair in led(config, history):
+        if pair.model.state() is HALF_OPEN:
+            out, needed = len(pair.model.in_lease()), config.success_threshold - pair.model.successes
+            assert out <= config.success_threshold
+            twin = pair.twin()
+            given = [twin.acquire(pair.model.now) for _ in range(config.success_threshold + 1)]
+            assert sum(isinstance(each, Permit) for each in given) == max(0, needed - out)
+
+
+@given(CONFIGS, HISTORIES)
+def test_p3_half_open_it_gives_a_permit_within_one_lease_and_a_sound_service_closes_it(
+    config: CircuitBreakerConfig, history: list[tuple[Any, ...]]
+) -> None:
+    for pair in led(config, history):
+        now, lease = pair.model.now, pair.model.lease
+        if pair.model.state() is HALF_OPEN:
+            assert isinstance(pair.twin().acquire(now + lease), Permit)
+    pair = at_the_end(config, history)
+    twin, began, now = pair.twin(), pair.model.now, pair.model.now
+    for _ in range(config.success_threshold):
+        now += twin.retry_after(now)
+        permit = twin.acquire(now)
+        assert isinstance(permit, Permit)
+        permit.finish(SUCCESS, now)
+    assert twin.state(now) is CLOSED
+    assert now - began <= config.timeout + config.success_threshold * pair.model.lease
+
+
+@given(CONFIGS, HISTORIES)
+def test_p4_no_outcome_of_an_older_generation_has_an_effect(
+    config: CircuitBreakerConfig, history: list[tuple[Any, ...]]
+) -> None:
+    pair = at_the_end(config, history)
+    late = [held.permit for held in pair.held if held.generation is not pair.model.generation]
+    event(f"calls of an older generation: {min(len(late), 3)}")
+    for permit, way in zip(late, cycle(WAYS), strict=False):
+        before = inside(pair)
+        way(permit, pair.model.now)
+        assert inside(pair) == before
+
+
+@given(CONFIGS, HISTORIES)
+def test_p5_a_permit_has_one_outcome_at_most_whatever_it_is_told_later(
+    config: CircuitBreakerConfig, history: list[tuple[Any, ...]]
+) -> None:
+    for first, second in product(WAYS, WAYS):
+        pair = at_the_end(config, history)
+        for held in pair.held[:2]:
+            first(held.permit, pair.model.now)
+            once = inside(pair)
+            second(held.permit, pair.model.now)
+            assert inside(pair) == once
+
+
+@given(CONFIGS, HISTORIES)
+def test_p6_what_it_says_is_what_the_next_acquire_does(
+    config: CircuitBreakerConfig, history: list[tuple[Any, ...]]
+) -> None:
+    for pair in led(config, history):
+        pair.look_ahead()
+
+
+@given(CONFIGS, HISTORIES)
+def test_p7_the_counts_of_its_window_equal_a_recount(
+    config: CircuitBreakerConfig, history: list[tuple[Any, ...]]
+) -> None:
+    for pair in led(config, history):
+        window, status = pair.model.window(), pair.breaker.status(pair.model.now)
+        assert status["recent_calls"] == len(window) <= config.window_size
+        assert status["recent_failures"] == sum(failed for _, failed, _ in window)
+        row = "".join("f" if failed else "s" for _, failed, _ in window)
+        assert status["failure_count"] == len(row) - len(row.rstrip("f"))
+
+
+@given(CONFIGS, HISTORIES, st.sampled_from(WAYS))
+def test_p8_after_a_reset_it_is_closed_and_empty_whatever_is_in_flight(
+    config: CircuitBreakerConfig, history: list[tuple[Any, ...]], way: Callable[[Permit, float], object]
+) -> None:
+    pair = at_the_end(config, history)
+    pair.reset()
+    fresh = {"state": "closed", "failure_count": 0, "recent_failures": 0, "recent_calls": 0, "retry_after": 0}
+    assert fresh.items() <= pair.breaker.status(pair.model.now).items()
+    empty = inside(pair)
+    for held in pair.held:
+        way(held.permit, pair.model.now)
+    assert inside(pair) == empty
+    assert empty.items() >= {"_leases": {}, "_gave_up": set(), "_alarmed_at": None}.items()
+    assert not empty["_window"]
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=60),
+    st.integers(1, 6),
+    st.integers(1, 10),
+)
+def test_p9_with_ratio_0_it_opens_at_exactly_so_many_failures_among_the_last_calls(
+    calls: list[tuple[bool, int]], threshold: int, size: int
+) -> None:
+    config = CircuitBreakerConfig(threshold, timeout=4, window_size=size, min_failure_ratio=0)
+    breaker, now, past = CircuitBreaker("search-service", config), 0, []
+    for failed, gap in calls:
+        now += gap
+        call(breaker, FAILURE if failed else SUCCESS, now)
+        past.append((now, failed))
+        recent = [failure for at, failure in past[-size:] if at >= now - 40]
+        assert (breaker.state(now) is OPEN) == (sum(recent) >= threshold)
+        if breaker.state(now) is OPEN:
+            return
+
+
+# --- against the naive model, step by step
+
 seen: Counter[State] = Counter()
 
 
@@ -647,7 +866,7 @@ class BreakerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.pair.held)
     @rule()
     def lose(self) -> None:
-        self.pair.held.pop(0)  # a call that hangs or crashes, and never finishes its permit
+        self.pair.lose(0)
 
     @rule(seconds=st.sampled_from([0.125, 0.5, 1, 5, 30]))
     def wait(self, seconds: float) -> None:
@@ -655,7 +874,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @rule(part=st.sampled_from([1, 1, 1, 10]))
     def wait_for_the_timeout(self, part: int) -> None:
-        self.pair.advance(part * self.pair.model.config.timeout)
+        self.pair.rest(part)
 
     @precondition(lambda self: self.pair.model.state() is not CLOSED)
     @rule()
@@ -674,6 +893,7 @@ class BreakerMachine(RuleBasedStateMachine):
     def agrees(self) -> None:
         if hasattr(self, "pair"):
             seen[self.pair.model.state()] += 1
+            event(f"state: {self.pair.model.state()}")
             self.pair.compare()
             self.pair.look_ahead()
 
@@ -683,6 +903,7 @@ def test_it_does_what_the_naive_model_does_and_is_half_open_often() -> None:
     run_state_machine_as_test(
         BreakerMachine, settings=settings(max_examples=200, stateful_step_count=40, deadline=None)
     )
+    logger.info("Steps of random histories by the state they led to: %s", dict(seen))
     assert seen[HALF_OPEN] > sum(seen.values()) / 10, seen
 
 
@@ -723,26 +944,6 @@ def test_every_short_history_does_what_the_naive_model_does(config: CircuitBreak
                     following.append(after)
         frontier = following
     assert len(met) > 1000
-
-
-@given(
-    st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=60),
-    st.integers(1, 6),
-    st.integers(1, 10),
-)
-def test_with_ratio_0_it_opens_at_exactly_so_many_failures_among_the_last_calls(
-    calls: list[tuple[bool, int]], threshold: int, size: int
-) -> None:
-    config = CircuitBreakerConfig(threshold, timeout=4, window_size=size, min_failure_ratio=0)
-    breaker, now, past = CircuitBreaker("search-service", config), 0, []
-    for failed, gap in calls:
-        now += gap
-        call(breaker, FAILURE if failed else SUCCESS, now)
-        past.append((now, failed))
-        recent = [failure for at, failure in past[-size:] if at >= now - 40]
-        assert (breaker.state(now) is OPEN) == (sum(recent) >= threshold)
-        if breaker.state(now) is OPEN:
-            return
 
 
 # --- the registry

@@ -51,11 +51,12 @@ def test_r2_asking_without_pause_gets_what_flows_back(per_minute: int, per_hour:
     limits = Limits.of(per_minute, per_hour)
     state, admitted = FULL, 0
     for tick in range(seconds * 10 + 1):
-        while True:
+        for _ in range(per_minute + 1):
             state, decision = take(state, limits, START + tick * SECOND // 10)
             if not decision.admitted:
                 break
             admitted += 1
+        assert not decision.admitted
     assert admitted >= min(limit.tokens * seconds * SECOND // limit.period_us - 1 for limit in buckets(limits))
 
 
@@ -153,6 +154,20 @@ def test_r6_a_clock_that_goes_back_grants_nothing(limits: Limits, steps: list[in
             assert take(state, limits, now + decision.wait_us)[1].admitted
 
 
+def test_a_new_caller_may_spend_both_buckets_and_no_more_whatever_the_clock_says() -> None:
+    limits = Limits.of(60, 1000)
+    assert full_at_us(FULL, limits) == 0
+    for now in (0, START):
+        state = FULL
+        for spent in range(1, 61):
+            state, decision = take(state, limits, now)
+            assert (decision.remaining_minute, decision.remaining_hour) == (60 - spent, 1000 - spent)
+        assert not take(state, limits, now)[1].admitted
+        assert take(state, limits, now)[1].wait_us == 1_000_000
+        assert full_at_us(state, limits) == now + 216_000_000  # 60 of 1,000 flow back in that part of an hour
+        assert (decision.full_minute, decision.full_hour) == (60, 216)
+
+
 def test_zero_denies_all_and_names_no_time_to_come_back() -> None:
     for limits in (Limits.of(0, 1000), Limits.of(60, 0), Limits.of(0, None)):
         state, decision = take(FULL, limits, START)
@@ -187,6 +202,9 @@ def test_a_limit_that_cannot_be_counted_exactly_is_refused(per_minute: int | Non
 
 
 def test_the_largest_limits_stay_below_what_a_double_holds() -> None:
+    assert Limit(2**53 - 2, 1).tokens + 1 < 2**53
+    with pytest.raises(ValueError):
+        Limit(2**53 - 1, 1)
     for limit in (Limit(150_119_986, MINUTE_US), Limit(2_501_998, HOUR_US)):
         assert (limit.tokens + 1) * limit.period_us < 2**53
         assert (limit.tokens + 2) * limit.period_us >= 2**53
