@@ -30,7 +30,7 @@ TOLD = {Event.TRIPPED: "heard_alarm", Event.PROBE_FAILED: "heard_alarm", Event.R
 
 TIMEOUT, LEASE = 60.0, 30.0  # seconds; a window's memory is ten timeouts, which no history here lasts
 CALLS = 3  # in flight at a time, of both workers together
-STEPS = 8  # more than enough to open, half-open, close, and open again
+STEPS = 8  # from each beginning
 Step = tuple[Any, ...]  # a method of Fleet, and its arguments
 History = tuple[Step, ...]
 
@@ -55,11 +55,17 @@ class Worker:
         self.era = 0
         self.opened_at: float | None = None
         self.last_failed_at: float | None = None  # None also where the last outcome was a success
+        self.heard_at: float | None = None  # when it first heard of its peer in this era
+        self.ending: Permit | None = None
         self.successes = 0  # of probes, since it opened
         self.probes: dict[Permit, float] = {}  # of this era, unfinished: when they began
 
     def changed(self, old: State, new: State, why: Event) -> None:
+        if why is Event.ALARMED and self.ending is not None:
+            assert self.heard_at is not None
+            assert self.ending.began >= self.heard_at, "opened by a call from before the alarm"
         self.era += 1
+        self.heard_at = None
         self.successes = 0
         self.probes.clear()
         if new is OPEN:
@@ -170,7 +176,9 @@ class Fleet:
             if outcome is not NEUTRAL:
                 worker.last_failed_at = self.now if outcome is FAILURE else None
                 worker.successes += permit.probe and outcome is SUCCESS
+        worker.ending = permit
         permit.finish(outcome, self.now)
+        worker.ending = None
         assert counts or (self.seen(), len(self.bus)) == (before, told), "P4"
         after, told = self.seen(), len(self.bus)
         permit.finish(FAILURE, self.now)
@@ -188,8 +196,10 @@ class Fleet:
         self.workers[number] = Worker(self.config, self, number)
 
     def deliver(self, to: int, heard: str) -> None:
-        told = len(self.bus)
-        getattr(self.workers[to].breaker, heard)(self.now)
+        worker, told = self.workers[to], len(self.bus)
+        getattr(worker.breaker, heard)(self.now)
+        if worker.heard_at is None:
+            worker.heard_at = self.now
         assert len(self.bus) == told, "what a worker does at another's word is not told on"
 
     def wait(self, seconds: float) -> None:

@@ -1,11 +1,14 @@
 """The circuit breaker's promises (RESILIENCE.md, 1): by example, each as a property, and against a naive model."""
 
 import logging
+import re
+import runpy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import copy, deepcopy
 from itertools import cycle, product
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,6 +111,36 @@ def test_a_success_never_opens_it_even_as_older_successes_are_forgotten() -> Non
     assert breaker.state(10.5) is CLOSED
 
 
+def test_a_service_of_which_exactly_a_fifth_of_the_calls_fail_does_not() -> None:
+    breaker = CircuitBreaker("search-service")
+    for failures in range(1, 6):
+        assert breaker.state(0) is CLOSED
+        call(breaker, SUCCESS, 0, times=4)
+        call(breaker, FAILURE, 0)
+        assert breaker.status(0)["recent_failures"] == failures
+    assert breaker.state(0) is OPEN
+
+
+def test_a_service_that_gets_worse_opens_it_at_the_failure_that_makes_a_fifth() -> None:
+    breaker = CircuitBreaker("search-service")
+    call(breaker, SUCCESS, 0, times=30)
+    call(breaker, FAILURE, 0, times=4)
+    call(breaker, SUCCESS, 0)
+    call(breaker, FAILURE, 0, times=3)
+    assert breaker.state(0) is CLOSED  # 7 of 38
+    call(breaker, FAILURE, 0)
+    assert breaker.state(0) is OPEN  # 8 of 39
+
+
+def test_five_in_a_row_open_it_however_well_it_went_before() -> None:
+    breaker = CircuitBreaker("search-service")
+    call(breaker, SUCCESS, 0, times=95)
+    call(breaker, FAILURE, 0, times=4)
+    assert breaker.state(0) is CLOSED
+    call(breaker, FAILURE, 0)
+    assert breaker.state(0) is OPEN
+
+
 def test_outcomes_older_than_ten_timeouts_count_no_more() -> None:
     breaker = CircuitBreaker("search-service", CircuitBreakerConfig(timeout=2))
     call(breaker, FAILURE, 0, times=4)
@@ -196,6 +229,19 @@ def test_a_call_from_before_the_outage_neither_closes_it_nor_opens_it() -> None:
     assert breaker.state(62) is CLOSED
 
 
+def test_its_status_says_all_of_it_and_its_parts_go_by_name() -> None:
+    breaker = CircuitBreaker(name="search-service", config=None, on_change=None)
+    none = {"failure_count": 0, "recent_failures": 0, "total_calls": 0, "recent_calls": 0, "refused_calls": 0}
+    assert breaker.status(now=0) == {"state": "closed", **none, "times_opened": 0, "retry_after": 0}
+    for _ in range(5):
+        permit_of(breaker, 0).finish_abandoned(now=0, caller=f"user:{breaker.total_calls}", waited=31)
+    refusal_of(breaker, 0)
+    refusal_of(breaker, 0)
+    some = {"failure_count": 5, "recent_failures": 5, "total_calls": 5, "recent_calls": 5, "refused_calls": 2}
+    assert breaker.status(now=0.0002) == {"state": "open", **some, "times_opened": 1, "retry_after": 60}
+    assert breaker.status(now=0.0012)["retry_after"] == 59.999
+
+
 def test_a_permit_counts_once() -> None:
     breaker = CircuitBreaker("search-service")
     permit = permit_of(breaker, 0)
@@ -226,6 +272,7 @@ def test_callers_who_give_up_after_half_a_minute_are_failures_once_each() -> Non
 
     for _ in range(100):
         leaves("user:hasty", 30)
+        leaves("user:hastier", 0.125)
         leaves("user:impatient", 31)
     assert breaker.status(40)["recent_failures"] == 1
     for number in range(4):
@@ -278,6 +325,16 @@ def test_each_change_of_state_is_told_with_its_reason() -> None:
     ]
 
 
+def test_the_picture_shows_the_transitions_of_the_table_and_no_others() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    picture = (docs / "circuit-breaker.svg").read_text()
+    arrows = re.findall(r'data-from="(\w+)" data-to="(\w+)" data-event="(\w+)"', picture)
+    assert sorted(arrows) == sorted((old, new, event) for (old, event), new in TRANSITIONS.items())
+    assert picture == runpy.run_path(str(docs / "draw.py"))["circuit_breaker"](), "python docs/draw.py"
+    named = set(re.findall(r"^\| `(\w+)` \|", (docs / "circuit-breaker.md").read_text(), re.MULTILINE))
+    assert named == set(Event), "docs/circuit-breaker.md says what each event means"
+
+
 def test_the_table_of_transitions_leaves_no_state_without_a_way_out() -> None:
     assert {old for old, _ in TRANSITIONS} == set(State)
     assert all(TRANSITIONS[state, Event.RESET] is CLOSED for state in State)
@@ -292,10 +349,12 @@ def test_the_table_of_transitions_leaves_no_state_without_a_way_out() -> None:
         ({"success_threshold": -1}, "success_threshold"),
         ({"success_threshold": True}, "success_threshold"),
         ({"timeout": 0}, "timeout"),
+        ({"timeout": -1}, "timeout"),
         ({"timeout": inf}, "timeout"),
         ({"timeout": "60"}, "timeout"),
         ({"window_size": 0}, "window_size"),
         ({"min_failure_ratio": 1.1}, "min_failure_ratio"),
+        ({"min_failure_ratio": -0.1}, "min_failure_ratio"),
         ({"min_failure_ratio": float("nan")}, "min_failure_ratio"),
     ],
 )
@@ -308,6 +367,8 @@ def test_the_configuration_takes_its_values_in_the_order_users_know() -> None:
     config = CircuitBreakerConfig(5, 2, 60, 100)
     assert config == CircuitBreakerConfig(failure_threshold=5, success_threshold=2, timeout=60, window_size=100)
     assert config == CircuitBreakerConfig()
+    with pytest.raises(AttributeError):
+        config.timeout = 30  # type: ignore[misc]  # that it is refused is the point
 
 
 # --- what peers say
@@ -348,7 +409,7 @@ def test_a_call_begun_before_the_alarm_does_not_decide() -> None:
     assert breaker.state(3) is OPEN
 
 
-@pytest.mark.parametrize(("age", "state"), [(4.875, OPEN), (5, CLOSED)])
+@pytest.mark.parametrize(("age", "state"), [(4.875, OPEN), (5, CLOSED), (6, CLOSED)])
 def test_a_fresh_failure_of_its_own_bears_an_alarm_out_at_once(age: float, state: State) -> None:
     breaker = CircuitBreaker("search-service")
     call(breaker, FAILURE, 10)
@@ -356,18 +417,22 @@ def test_a_fresh_failure_of_its_own_bears_an_alarm_out_at_once(age: float, state
     assert breaker.state(10 + age) is state
 
 
-def test_an_alarm_lasts_a_minute_and_a_later_one_prolongs_it() -> None:
+@pytest.mark.parametrize(("after", "state"), [(59.875, OPEN), (60, CLOSED), (60.125, CLOSED)])
+def test_an_alarm_lasts_a_minute(after: float, state: State) -> None:
     breaker = CircuitBreaker("search-service")
-    breaker.heard_alarm(0)
-    call(breaker, FAILURE, 60)
-    assert breaker.state(60) is CLOSED
+    breaker.heard_alarm(10)
+    call(breaker, FAILURE, 10 + after)
+    assert breaker.state(10 + after) is state
 
-    call(breaker, SUCCESS, 60)
-    breaker.heard_alarm(61)
-    slow = permit_of(breaker, 62)
-    breaker.heard_alarm(100)
-    slow.finish(FAILURE, 125)
-    assert breaker.state(125) is OPEN
+
+@pytest.mark.parametrize(("again", "state"), [(59.875, OPEN), (60, CLOSED), (60.125, CLOSED)])
+def test_a_later_alarm_prolongs_it_while_it_lasts_and_begins_it_anew_thereafter(again: float, state: State) -> None:
+    breaker = CircuitBreaker("search-service")
+    breaker.heard_alarm(10)
+    slow = permit_of(breaker, 11)
+    breaker.heard_alarm(10 + again)
+    slow.finish(FAILURE, 100)
+    assert breaker.state(100) is state
 
 
 def test_an_opening_upon_an_alarm_is_told_apart_from_one_by_own_evidence() -> None:

@@ -1,13 +1,17 @@
 """The two-bucket policy: its promises R1 to R6 of RESILIENCE.md, on any sequence of requests and gaps."""
 
+from fractions import Fraction
+from math import ceil, floor
+
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway.policies.token_bucket import (
     FULL,
     HOUR_US,
     MINUTE_US,
+    Decision,
     Limit,
     Limits,
     State,
@@ -168,6 +172,41 @@ def test_a_new_caller_may_spend_both_buckets_and_no_more_whatever_the_clock_says
         assert (decision.full_minute, decision.full_hour) == (60, 216)
 
 
+@pytest.mark.parametrize(("limits", "token"), [(Limits.of(1, None), MINUTE_US), (Limits.of(None, 1), HOUR_US)])
+def test_a_token_comes_back_to_the_microsecond(limits: Limits, token: int) -> None:
+    assert (MINUTE_US, HOUR_US) == (60 * SECOND, 3600 * SECOND)
+    state, first = take(FULL, limits, 0)
+    assert first.admitted
+    for now, wait_us, retry_after in (
+        (0, token, token // SECOND),
+        (token - SECOND - 1, SECOND + 1, 2),
+        (token - SECOND, SECOND, 1),
+        (token - 1, 1, 1),
+    ):
+        _, refused = take(state, limits, now)
+        assert (refused.admitted, refused.wait_us, refused.retry_after) == (False, wait_us, retry_after)
+    assert take(state, limits, token)[1].admitted
+
+
+def test_a_microsecond_refills_and_a_full_bucket_holds_no_more() -> None:
+    limits = Limits.of(60, 1000)
+    state = (60 * MINUTE_US, 60 * HOUR_US, START)
+    assert take(state, limits, START + 1)[1].wait_us == SECOND - 1
+    refilled, _ = take((61, 1001, START), limits, START + 1)
+    assert refilled == (MINUTE_US + 1, HOUR_US + 1, START + 1)
+    for debt in (60, 59, 1, 0):
+        state, decision = take((debt, debt, START), limits, START + 1, cost=1)
+        assert state == (MINUTE_US, HOUR_US, START + 1)
+        assert (decision.remaining_minute, decision.remaining_hour) == (59, 999)
+
+
+def test_a_cost_beyond_what_is_there_is_refused_and_says_when_a_token_is() -> None:
+    state, decision = take(FULL, Limits.of(60, 1000), START, cost=61)
+    assert state == FULL
+    assert (decision.admitted, decision.remaining_minute, decision.wait_us, decision.retry_after) == (False, 60, 0, 1)
+    assert take(FULL, Limits.of(60, 1000), START, cost=60)[1].admitted
+
+
 def test_zero_denies_all_and_names_no_time_to_come_back() -> None:
     for limits in (Limits.of(0, 1000), Limits.of(60, 0), Limits.of(0, None)):
         state, decision = take(FULL, limits, START)
@@ -187,6 +226,86 @@ def test_a_cost_of_nothing_only_looks() -> None:
     assert (decision.admitted, decision.remaining_minute, decision.remaining_hour) == (True, 60, 1000)
 
 
+def exactly(state: State, limits: Limits, now: int, cost: int) -> tuple[State, Decision]:
+    """What `take` answers, in fractions of tokens that are never rounded until they are shown."""
+    reached = max(now, state[2])
+    held: list[Fraction] = []  # tokens in the buckets
+    waits = [Fraction(0)]
+    for limit, debt in ((limits.minute, state[0]), (limits.hour, state[1])):
+        if limit is None:
+            held.append(Fraction(cost))  # always as much as is asked for
+            continue
+        per_us = Fraction(limit.tokens, limit.period_us)
+        before = max(Fraction(0), limit.tokens - Fraction(debt, limit.period_us))
+        held.append(min(Fraction(limit.tokens), before + (reached - state[2]) * per_us))
+        waits.append((1 - held[-1]) / per_us if per_us else Fraction(0))
+    admitted = all(tokens >= cost for tokens in held)
+
+    debts, remaining, full_at = [], [], []
+    for limit, tokens in zip((limits.minute, limits.hour), held, strict=True):
+        left = tokens - cost if admitted else tokens
+        missing = limit.tokens - left if limit else Fraction(0)
+        debts.append(int(missing * limit.period_us) if limit else 0)
+        remaining.append(floor(left) if limit else 0)
+        full_at.append(reached + (ceil(missing * limit.period_us / limit.tokens) if limit and limit.tokens else 0))
+    no_use = admitted or any(limit.tokens == 0 for limit in buckets(limits))
+    decision = Decision(
+        admitted,
+        remaining_minute=remaining[0],
+        remaining_hour=remaining[1],
+        reset_minute=ceil(Fraction(full_at[0], SECOND)),
+        reset_hour=ceil(Fraction(full_at[1], SECOND)),
+        full_minute=ceil(Fraction(full_at[0] - now, SECOND)),
+        full_hour=ceil(Fraction(full_at[1] - now, SECOND)),
+        wait_us=None if no_use else ceil(max(waits)) + reached - now,
+    )
+    return (debts[0], debts[1], reached) if admitted and cost else state, decision
+
+
+few = st.integers(0, 3) | st.sampled_from([7, 60, 1000])
+
+
+@given(
+    st.builds(Limits.of, st.none() | few, st.none() | few),
+    st.tuples(st.integers(0, 8 * MINUTE_US), st.integers(0, 8 * HOUR_US)),
+    st.sampled_from([0, 1, 9 * SECOND, START, START + 1]),
+    st.sampled_from([0, 1, 2, SECOND - 1, SECOND, SECOND + 1]) | st.integers(-5 * SECOND, -1) | st.integers(0, HOUR_US),
+    st.integers(0, 3),
+)
+@settings(max_examples=400)
+def test_a_decision_is_what_exact_fractions_say(
+    limits: Limits, debts: tuple[int, int], last: int, gap: int, cost: int
+) -> None:
+    state = (*debts, last)
+    assert take(state, limits, max(0, last + gap), cost) == exactly(state, limits, max(0, last + gap), cost)
+
+
+@given(limits, seqs, st.integers(1, 8))
+def test_a_share_is_as_far_from_full_as_the_whole_in_whole_units_rounded_up(
+    limits: Limits, gaps: list[int], workers: int
+) -> None:
+    state, now = FULL, START
+    for gap in gaps:
+        now += gap
+        state, _ = take(state, limits, now)
+    part = share(limits, workers)
+    expected = [
+        ceil(Fraction(debt * to.tokens, whole.tokens)) if whole and to else 0
+        for debt, whole, to in ((state[0], limits.minute, part.minute), (state[1], limits.hour, part.hour))
+    ]
+    assert rescale(state, limits, part, now + 1) == (*expected, now + 1)
+
+
+def test_a_bucket_that_is_off_or_denies_all_has_no_debt_to_share() -> None:
+    debts = (MINUTE_US, HOUR_US, START)
+    for limits, part, scaled in (
+        (Limits.of(None, 10), Limits.of(5, 5), (0, HOUR_US // 2, START)),
+        (Limits.of(10, 10), Limits.of(5, None), (MINUTE_US // 2, 0, START)),
+        (Limits.of(0, 1), Limits.of(5, 1), (0, HOUR_US, START)),
+    ):
+        assert rescale(debts, limits, part, START) == scaled
+
+
 def test_a_lowered_limit_counts_an_older_debt_as_an_empty_bucket() -> None:
     state, limits = FULL, Limits.of(1000, None)
     for _ in range(1000):
@@ -197,7 +316,7 @@ def test_a_lowered_limit_counts_an_older_debt_as_an_empty_bucket() -> None:
 
 @pytest.mark.parametrize(("per_minute", "per_hour"), [(-1, None), (None, -1), (150_119_987, None), (None, 2_501_999)])
 def test_a_limit_that_cannot_be_counted_exactly_is_refused(per_minute: int | None, per_hour: int | None) -> None:
-    with pytest.raises(ValueError, match="is not within 0 to"):
+    with pytest.raises(ValueError, match=r"^a limit of .* per (60 s is not within 0 to 150119986|3600 s .* 2501998)$"):
         Limits.of(per_minute, per_hour)
 
 
@@ -205,12 +324,16 @@ def test_the_largest_limits_stay_below_what_a_double_holds() -> None:
     assert Limit(2**53 - 2, 1).tokens + 1 < 2**53
     with pytest.raises(ValueError):
         Limit(2**53 - 1, 1)
+    with pytest.raises(ValueError, match="per 1000000 s"):
+        Limit(-1, 1_000_000 * SECOND)
     for limit in (Limit(150_119_986, MINUTE_US), Limit(2_501_998, HOUR_US)):
         assert (limit.tokens + 1) * limit.period_us < 2**53
         assert (limit.tokens + 2) * limit.period_us >= 2**53
 
 
 @given(limits, st.integers(1, 64))
+@example(Limits.of(60, 1000), 1)
+@example(Limits.of(60, 1000), 2)
 def test_the_shares_of_all_workers_do_not_exceed_the_limit(limits: Limits, workers: int) -> None:
     for whole, part in zip(buckets(limits), buckets(share(limits, workers)), strict=True):
         assert part.tokens == max(1, whole.tokens // workers)

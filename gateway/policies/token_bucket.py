@@ -166,7 +166,7 @@ def share(limits: Limits, workers: int) -> Limits:
             return limit
         return Limit(max(1, limit.tokens // workers), limit.period_us)
 
-    return limits if workers == 1 else Limits(part(limits.minute), part(limits.hour))
+    return Limits(part(limits.minute), part(limits.hour))
 
 
 def rescale(state: State, limits: Limits, to: Limits, now_us: int) -> State:
