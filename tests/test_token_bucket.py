@@ -272,6 +272,7 @@ few = st.integers(0, 3) | st.sampled_from([7, 60, 1000])
     st.sampled_from([0, 1, 2, SECOND - 1, SECOND, SECOND + 1]) | st.integers(-5 * SECOND, -1) | st.integers(0, HOUR_US),
     st.integers(0, 3),
 )
+@example(Limits.of(60, 1000), (3 * MINUTE_US, 3 * HOUR_US), START, -3 * SECOND, 0)
 @settings(max_examples=400)
 def test_a_decision_is_what_exact_fractions_say(
     limits: Limits, debts: tuple[int, int], last: int, gap: int, cost: int
