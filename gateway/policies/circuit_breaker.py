@@ -241,12 +241,9 @@ class CircuitBreaker:
 
     def retry_after(self, now: float) -> float:
         """Seconds after which a call is let through at the latest; 0: now."""
-        state = self.state(now)
-        if state is OPEN:
+        if self.state(now) is OPEN:
             return self._half_open_at - now
-        if state is CLOSED or self._state is OPEN:  # the latter has just turned half-open: all slots are free
-            return 0.0
-        in_lease = [ends for ends in self._leases.values() if ends > now]
+        in_lease = [ends for ends in self._leases.values() if ends > now]  # none, unless probes are out
         too_many = len(in_lease) - self._slots()
         return 0.0 if too_many < 0 else in_lease[too_many] - now
 
