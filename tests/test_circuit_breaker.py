@@ -156,6 +156,22 @@ def test_a_threshold_above_the_window_switches_it_off() -> None:
     assert breaker.state(0) is CLOSED
 
 
+def test_large_numbers_are_counted_as_small_ones_are() -> None:
+    config = CircuitBreakerConfig(300, success_threshold=300, window_size=301, min_failure_ratio=1)
+    breaker = CircuitBreaker("search-service", config)
+    call(breaker, FAILURE, 0)
+    call(breaker, SUCCESS, 0, times=301)
+    assert breaker.status(0)["recent_failures"] == 0
+    call(breaker, FAILURE, 0, times=299)
+    assert breaker.state(0) is CLOSED
+    call(breaker, FAILURE, 0)
+    assert breaker.state(0) is OPEN
+    call(breaker, SUCCESS, 60, times=299)
+    assert breaker.state(60) is HALF_OPEN
+    call(breaker, SUCCESS, 60)
+    assert breaker.state(60) is CLOSED
+
+
 def test_it_is_open_until_its_timeout_to_the_instant_with_or_without_traffic() -> None:
     breaker = opened(now=10)
     assert (breaker.state(69.875), breaker.retry_after(69.875)) == (OPEN, 0.125)

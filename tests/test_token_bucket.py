@@ -213,6 +213,16 @@ def test_zero_denies_all_and_names_no_time_to_come_back() -> None:
         assert (decision.admitted, decision.retry_after, state) == (False, None, FULL)
 
 
+def test_limits_stay_as_they_were_made_and_show_what_they_were_made_of() -> None:
+    limits = Limits.of(60, None)
+    with pytest.raises(AttributeError):
+        limits.minute = None  # type: ignore[misc]  # that it is refused is the point
+    assert limits.minute is not None
+    with pytest.raises(AttributeError):
+        limits.minute.tokens = 61  # type: ignore[misc]
+    assert repr(limits) == "Limits(minute=Limit(tokens=60, period_us=60000000), hour=None)"
+
+
 def test_off_limits_nothing() -> None:
     state = FULL
     for _ in range(10):
@@ -325,6 +335,8 @@ def test_the_largest_limits_stay_below_what_a_double_holds() -> None:
     assert Limit(2**53 - 2, 1).tokens + 1 < 2**53
     with pytest.raises(ValueError):
         Limit(2**53 - 1, 1)
+    with pytest.raises(ValueError):
+        Limit((2**53 - 1) // 3, 3)
     with pytest.raises(ValueError, match="per 1000000 s"):
         Limit(-1, 1_000_000 * SECOND)
     for limit in (Limit(150_119_986, MINUTE_US), Limit(2_501_998, HOUR_US)):
