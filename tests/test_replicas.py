@@ -88,6 +88,13 @@ def test_a_retry_goes_elsewhere_where_there_is_an_elsewhere() -> None:
     assert {replicas.choose(0, avoid=(A, B, C)).address for _ in range(50)} == {A, B, C}
 
 
+def test_a_retry_goes_where_the_last_attempt_went_well() -> None:
+    replicas = replicas_of(A, B, C)
+    fail(replicas, B, 0, times=1)
+    assert {replicas.choose(5, avoid=(A,)).address for _ in range(50)} == {C}
+    assert {replicas.choose(5, avoid=(A, C)).address for _ in range(50)} == {B}
+
+
 def test_a_failed_attempt_keeps_its_place_for_a_second() -> None:
     replicas = replicas_of(A, B)
     fail(replicas, A, 0, times=1)
@@ -280,17 +287,17 @@ def half_aside() -> Replicas:
 
 def test_one_that_has_to_stay_is_asked_the_less_the_longer_it_fails() -> None:
     replicas = half_aside()
-    asked, now = [], 0.0
-    held = [replicas.choose(now, avoid=(A, B)) for _ in range(5)]  # what C has in flight all the time
-    for _ in range(9000):
-        now += 0.001
-        place = replicas.choose(now, avoid=(A,))
+    for _ in range(5):
+        assert replicas.choose(0, avoid=(A, B)).address == C  # which has five in flight all the time
+    asked = []
+    for now in range(1, 9000):
+        place = replicas.choose(now / 1000)
         if place.address == B:
             asked.append(now)
-        place.finish(FAILURE if place.address == B else SUCCESS, now)
-    assert set_aside(replicas, now) == {A}
-    assert len(held) <= len(asked) <= 15  # not 5 a second
-    assert asked[-1] > 5  # but it is asked still
+        place.finish(FAILURE if place.address == B else SUCCESS, now / 1000)
+    assert set_aside(replicas, 9) == {A}
+    assert 5 <= len(asked) <= 15  # not 5 a second
+    assert asked[-1] > 5000  # but it is asked still
 
 
 def test_one_that_has_to_stay_is_asked_again_soon_after_it_has_recovered() -> None:
@@ -481,8 +488,8 @@ class ReplicasMachine(RuleBasedStateMachine):
         if probe and not all(known[address].failed_probe for address in in_service):
             due = set()
         candidates = due or (in_service - avoid) or in_service
-        if probe and not due:
-            candidates = {address for address in candidates if not known[address].failed_probe} or candidates
+        if not due and (avoid or probe):
+            candidates = {address for address in candidates if not known[address].failures} or candidates
         place = self.replicas.choose(now, avoid, probe)
         assert place.address in candidates
         assert place.trial == bool(due)

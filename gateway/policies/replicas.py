@@ -199,8 +199,8 @@ class Replicas:
         candidates = self._in_service
         if avoid:
             candidates = [replica for replica in candidates if replica.address not in avoid] or candidates
-        if probe:
-            candidates = [replica for replica in candidates if not replica.failed_probe] or candidates
+        if avoid or probe:  # this one must go well
+            candidates = [replica for replica in candidates if not replica.failures] or candidates
         count = len(candidates)
         if count == 1:
             return candidates[0]
