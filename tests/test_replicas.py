@@ -604,5 +604,5 @@ class ReplicasMachine(RuleBasedStateMachine):
 
 def test_any_history_goes_by_the_rules() -> None:
     run_state_machine_as_test(
-        ReplicasMachine, settings=settings(max_examples=200, stateful_step_count=40, deadline=None)
+        ReplicasMachine, settings=settings(max_examples=120, stateful_step_count=40, deadline=None)
     )
