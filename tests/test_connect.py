@@ -13,13 +13,15 @@ import pytest
 from websockets.asyncio.client import connect as open_websocket
 from websockets.asyncio.server import ServerConnection, unix_serve
 
+from gateway.context import Cause
 from gateway.policies.services import Address
 from gateway.policies.services import Service as Target
 from gateway.problems import ForwardingError
 from gateway.proxy.app import ProxyApp
 from gateway.proxy.http1 import Http1Connection
 from gateway.proxy.pool import HEAD_START, ConnectionPool
-from tests.wire import OK, Request, both_event_loops, call, service, serving, until
+from tests.garbage import cyclic_garbage
+from tests.wire import OK, Request, both_event_loops, call, reserved_port, service, serving, until
 
 TLS = Path(__file__).parent / "tls"  # a certificate for localhost and 127.0.0.1 that is its own authority
 anyio_backend = both_event_loops
@@ -199,18 +201,79 @@ async def test_an_address_that_does_not_answer_leaves_time_for_the_next(monkeypa
         await until(lambda: upstream.reached == ["127.0.0.1"])
 
 
+async def test_an_address_that_takes_its_time_is_still_waited_for_where_the_next_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with black_hole("127.0.0.2", 0) as hole:
+        names(monkeypatch, lambda _: ["127.0.0.2", "127.0.0.1"])
+        pool = ConnectionPool(Address.parse(f"http://search:{hole.port}"))
+        connecting = asyncio.create_task(connected(pool))
+        done, _ = await asyncio.wait([connecting], timeout=2 * HEAD_START)
+        assert not done  # though 127.0.0.1 has refused
+        hole.take_all()
+        (await connecting).abort()  # by the SYN that the kernel sends again after a second
+
+
+async def test_a_name_whose_addresses_all_refuse_leaves_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    names(monkeypatch, lambda _: ["127.0.0.2", "127.0.0.3"])
+    with reserved_port() as port:
+        pool = ConnectionPool(Address.parse(f"http://search:{port}"))
+
+        async def fail() -> None:
+            failure = None
+            try:
+                await pool.connect()
+            except ForwardingError as error:
+                failure = error
+            assert failure is not None
+            assert failure.cause is Cause.CONNECT_FAILED
+            failure.__traceback__ = None
+
+        await fail()
+        with cyclic_garbage() as garbage:
+            await fail()
+        assert not [each for each in garbage if isinstance(each, BaseException)]
+
+
+async def test_who_gives_up_on_a_name_leaves_no_socket_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sockets() -> int:
+        return sum("socket:" in str(each.readlink()) for each in Path("/proc/self/fd").iterdir() if each.is_symlink())
+
+    with black_hole("127.0.0.2", 0) as hole, black_hole("127.0.0.3", hole.port):
+        names(monkeypatch, lambda _: ["127.0.0.2", "127.0.0.3", "127.0.0.4"])
+        pool = ConnectionPool(Address.parse(f"http://search:{hole.port}"))
+        before = sockets()
+        connecting = asyncio.create_task(connected(pool))
+        await until(lambda: sockets() == before + 2)
+        connecting.cancel()
+        await asyncio.wait([connecting])
+        await until(lambda: sockets() == before)
+        assert pool.open == 0
+
+
 class black_hole:  # noqa: N801  reads as what it is, a context
     """An address that takes no further connection and refuses none: the queue of its listener is full."""
 
     def __init__(self, host: str, port: int) -> None:
         self.sockets = [socket.create_server((host, port), backlog=0)]
+        port = self.port = self.sockets[0].getsockname()[1]
         for _ in range(3):
             filler = socket.socket()
             filler.setblocking(False)
             filler.connect_ex((host, port))
             self.sockets.append(filler)
 
-    def __enter__(self) -> None: ...
+    def take_all(self) -> None:
+        """Take connections again, from now on."""
+        listener = self.sockets[0]
+        listener.setblocking(False)
+        listener.listen(100)
+        with suppress(BlockingIOError):
+            while True:
+                self.sockets.append(listener.accept()[0])
+
+    def __enter__(self) -> "black_hole":
+        return self
 
     def __exit__(self, *_: object) -> None:
         for each in self.sockets:

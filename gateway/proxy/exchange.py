@@ -11,7 +11,8 @@ from urllib.parse import quote
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway.context import OUTCOMES, Cause, RequestContext, is_failure, unheard
-from gateway.policies.circuit_breaker import Outcome
+from gateway.policies.circuit_breaker import PATIENCE, Outcome
+from gateway.policies.replicas import Place
 from gateway.policies.retry import may_resend
 from gateway.policies.services import Address
 from gateway.problems import ForwardingError, answer, error_body
@@ -83,6 +84,7 @@ class Exchange:
         self._aborted: ForwardingError | None = None
         self._told = context.on_left is unheard  # the server will tell us of the client's leaving
         self._listener: asyncio.Task[None] | None = None  # reads what the client still sends, and whether it leaves
+        self._place: Place | None = None  # of the attempt under way
         self._connection: UpstreamConnection | None = None
         self._first_part = b""  # of the body
         self._uploaded = False  # the whole body came and was passed on
@@ -119,7 +121,7 @@ class Exchange:
             route.budget.deposit(began)
             tried: tuple[str, ...] = ()
             while True:
-                place = route.replicas.choose(began, tried)
+                place = self._place = route.replicas.choose(began, tried, context.probe)
                 context.replica = place.address
                 context.attempts += 1
                 failure, outcome = None, NEUTRAL
@@ -132,7 +134,7 @@ class Exchange:
                     failure = self._own_abort(cancelled)
                 finally:
                     if failure is not None:
-                        outcome = OUTCOMES[failure.cause]
+                        outcome = FAILURE if self._tried_patience(failure) else OUTCOMES[failure.cause]
                         failure.__traceback__ = None  # it leads to frames that lead to it: a cycle, also below
                     place.finish(outcome, now())
                     used = self._let_go() if self._connection is not None else None
@@ -163,6 +165,13 @@ class Exchange:
             context.cause, context.reason = error.cause, error.reason
             error.__traceback__ = None
             await self._tell(error)
+
+    def _tried_patience(self, failure: ForwardingError) -> bool:
+        """The client gave a replica so long for its first byte that its leaving says something, as to the breaker."""
+        if failure.cause is not Cause.CLIENT_LEFT or self._phase is not FIRST_BYTE_TIMEOUT:
+            return False
+        waits_since = self._phase_ends - self.route.service.timeouts.first_byte
+        return self._now() - waits_since > PATIENCE
 
     def abort(self, error: ForwardingError) -> None:
         """End the request now, wherever it waits."""
@@ -263,7 +272,7 @@ class Exchange:
         if status == 304 and "gateway.server" not in (self.scope.get("extensions") or ()):
             headers = [header for header in headers if header[0] != b"content-length"]  # uvicorn would wait for a body
         if data:
-            context.first_byte_at = monotonic()
+            self._begin_body(not failed)
         events = False
         if not complete or connection.content_length is None:  # else it is known whole from its head
             events = self._begin_stream(connection)
@@ -284,7 +293,7 @@ class Exchange:
             while not (data := connection.take()) and not connection.complete:
                 await connection.progress()
             if context.first_byte_at is None:
-                context.first_byte_at = monotonic()
+                self._begin_body(not failed)
             complete = connection.complete
             if complete:
                 self._give_back(pool)
@@ -374,6 +383,13 @@ class Exchange:
         self._ends = min(self._answer_ends, self._allowed_until)
         self._expect(CLIENT_TOO_SLOW, timeouts.client)
         return self._streams_events
+
+    def _begin_body(self, well: bool) -> None:
+        """The first of the answer's body is here."""
+        self.context.first_byte_at = monotonic()
+        place = self._place
+        if well and place is not None and place.trial:
+            place.succeed_so_far(self._now())
 
     def _give_back(self, pool: UpstreamPool) -> None:
         """The answer has come whole: another request may have the connection while the client still reads."""

@@ -6,7 +6,6 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from gateway.context import Cause
@@ -17,6 +16,7 @@ from gateway.proxy.http1 import Http1Connection
 
 HEAD_START = 0.25  # seconds that each address of a name gets before the next is tried (RFC 8305, 5)
 Made = TypeVar("Made", bound=asyncio.BaseProtocol)
+Dialling = asyncio.Task[socket.socket]
 
 
 async def connect(address: Address, make: Callable[[], Made], tls: ssl.SSLContext | None) -> Made:
@@ -42,12 +42,38 @@ async def _connected_socket(loop: asyncio.AbstractEventLoop, address: Address) -
         found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_NUMERICHOST)
     except socket.gaierror:
         found = await loop.getaddrinfo(host, port, type=kind)
-    *others, last = [(family, to) for family, _, _, _, to in found]
-    for family, to in others:
-        with suppress(OSError):  # a timeout is one
-            async with asyncio.timeout(HEAD_START):
-                return await _dial(loop, family, to)
-    return await _dial(loop, *last)
+    if len(found) == 1:
+        ((family, _, _, _, to),) = found
+        return await _dial(loop, family, to)
+    return await _first_to_answer(loop, [(family, to) for family, _, _, _, to in found])
+
+
+async def _first_to_answer(loop: asyncio.AbstractEventLoop, places: list[tuple[int, tuple[Any, ...]]]) -> socket.socket:
+    """Dial one place after another, each beside those that take their time; an error where none answers."""
+    dialling: set[Dialling] = set()
+    left = places[::-1]
+    try:
+        while True:
+            if left:
+                dialling.add(loop.create_task(_dial(loop, *left.pop())))
+            head_start = HEAD_START if left else None
+            done, _ = await asyncio.wait(dialling, timeout=head_start, return_when=asyncio.FIRST_COMPLETED)
+            refused = {each for each in done if each.exception() is not None}
+            dialling -= refused
+            done -= refused
+            if done:
+                dialling.remove(answered := done.pop())
+                return answered.result()
+            if not dialling and not left:
+                return refused.pop().result()  # raises; nothing here holds on to what it raises, which would be a cycle
+    finally:
+        _hang_up(dialling)
+
+
+def _hang_up(dialling: "set[Dialling]") -> None:
+    for each in dialling:
+        if not each.cancel() and each.exception() is None:  # it got through in the same moment as another
+            each.result().close()
 
 
 async def _dial(loop: asyncio.AbstractEventLoop, family: int, to: tuple[Any, ...]) -> socket.socket:

@@ -20,6 +20,7 @@ from websockets.uri import WebSocketURI
 from gateway.context import DROP_CODES, OUTCOMES, Cause, RequestContext, is_failure
 from gateway.policies.circuit_breaker import Outcome
 from gateway.policies.edge import MAX_MESSAGE_BYTES
+from gateway.policies.retry import may_resend
 from gateway.policies.services import Address
 from gateway.problems import ForwardingError, answer
 from gateway.proxy.headers import RequestFields, answer_fields, joined
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gateway.proxy.websocket")
 logger.setLevel(logging.WARNING)
 
+UNREACHED = frozenset({Cause.CONNECT_FAILED, Cause.CONNECT_TIMEOUT})  # so that another replica may well be tried
 QUICKLY = 5.0  # seconds: a service that drops a WebSocket sooner has failed (RESILIENCE.md, 1)
 CLOSE_TIMEOUT = 1.0  # seconds a service gets to answer our close, and to hang up
 LAST_MESSAGES = 0.1  # seconds for what a client had sent to reach the service once the client has vanished
@@ -66,19 +68,55 @@ async def relay(
         context.cause, context.reason = Cause.REFUSED, "loop"
         await answer(scope, send, 508, "The request has come through this gateway before", reason="loop")
         return
-    place = route.replicas.choose(route.loop.time())
-    context.attempts, context.replica = 1, place.address
-    outcome = Outcome.NEUTRAL
     # For the client's leaving: in good order, nothing else comes before it is let in.
     listening: asyncio.Future[Message] = asyncio.ensure_future(receive())
+    route.budget.deposit(route.loop.time())
+    tried: tuple[str, ...] = ()
+    try:
+        while (
+            wait := await _attempt(proxy, route, scope, receive, send, context, fields, listening, tried)
+        ) is not None:
+            tried += (context.replica,)
+            await asyncio.sleep(wait)
+    except asyncio.CancelledError:
+        context.cause = Cause.SHUTDOWN  # a server cancels when it stops, not when a client leaves
+        raise
+    finally:
+        listening.cancel()
+
+
+async def _attempt(
+    proxy: "ProxyApp",
+    route: Route,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    context: RequestContext,
+    fields: RequestFields,
+    listening: asyncio.Future[Message],
+    tried: tuple[str, ...],
+) -> float | None:
+    """Carry the WebSocket to one replica, where ``tried`` could not be reached.
+
+    Returns:
+        None where it is over; seconds to wait where this one can't be reached either and another may be tried.
+    """
+    now = route.loop.time
+    place = route.replicas.choose(now(), tried, context.probe)
+    context.attempts += 1
+    context.replica = place.address
+    outcome = Outcome.NEUTRAL
     upstream: Upstream | None = None
     try:
         upstream = _upstream(proxy, route, route.pools[place.address].address, scope, fields)
         await _open(upstream, listening)
-        outcome = Outcome.SUCCESS
-        context.cause = await _Session(upstream, scope, receive, send, context, listening).run()
+        began = now()
+        place.succeed_so_far(began)  # as for the breaker, what may come of it in an hour is another matter
+        cause = await _Session(upstream, scope, receive, send, context, listening).run()
+        if cause is Cause.DROPPED or (OUTCOMES[cause] is Outcome.FAILURE and now() - began < QUICKLY):
+            outcome = Outcome.FAILURE
+        context.cause = cause
     except asyncio.CancelledError:
-        context.cause = Cause.SHUTDOWN  # a server cancels when it stops, not when a client leaves
         if upstream is not None:
             upstream.say_goodbye(SERVICE_RESTART)
         raise
@@ -88,14 +126,30 @@ async def relay(
         await _deny(scope, send, refusal.response)
     except ForwardingError as error:
         outcome = OUTCOMES[error.cause]
+        if error.cause in UNREACHED and (wait := _wait_to_resend(route, context)) is not None:
+            return wait
         context.cause, context.reason = error.cause, error.reason
         if error.cause is not Cause.CLIENT_LEFT:
             await answer(scope, send, error.status, error.message, reason=error.reason or error.cause.value)
     finally:
-        listening.cancel()
         if upstream is not None:
             upstream.end()
-        place.finish(outcome, route.loop.time())
+        place.finish(outcome, now())
+    return None
+
+
+def _wait_to_resend(route: Route, context: RequestContext) -> float | None:
+    """Seconds after which a handshake that no replica has seen is sent to another; None: it is not."""
+    wait = may_resend(
+        method="GET",
+        retried=context.attempts - 1,
+        retries=route.service.retries,
+        time_left=NEVER,
+        random=route.random,
+        dispatched=False,
+        probe=context.probe,
+    )
+    return wait if wait is not None and route.budget.take(route.loop.time()) else None
 
 
 class Upstream(ClientConnection):
