@@ -427,12 +427,13 @@ class Exchange:
                 connection.write(part)
                 if not connection.head_complete:
                     self._expect(Cause.WRITE_TIMEOUT, timeouts.write)
-                try:
-                    await connection.drain()
-                except ForwardingError:
-                    break  # the request's own task hears of it as well
-            if self._uploaded:
+            if self._uploaded:  # before it waits: an answer may end the exchange meanwhile
                 connection.end_body()
+            try:
+                await connection.drain()
+            except ForwardingError:
+                break  # the request's own task hears of it as well
+            if self._uploaded:
                 if not connection.head_complete:
                     self._expect(FIRST_BYTE_TIMEOUT, timeouts.first_byte)
                 break
