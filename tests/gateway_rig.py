@@ -1,7 +1,6 @@
 """The whole gateway before one service, from its settings to its sockets, and what became of each request."""
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any
@@ -47,9 +46,11 @@ class Rig:
 
 
 @asynccontextmanager
-async def gateway(url: str, *, max_connections: int = 1000, **environ: str) -> AsyncIterator[Rig]:
-    """A gateway under its own server whose chat service has these addresses."""
-    app = create_app(Settings.load({"CHATBOT_SERVICE_URL": url, **UNLIMITED, **environ}))
+async def gateway(
+    url: str, variables: Mapping[str, str] | None = None, *, max_connections: int = 1000, **more: str
+) -> AsyncIterator[Rig]:
+    """A gateway under its own server whose chat service has these addresses, with so many connections to each."""
+    app = create_app(Settings.load({"CHATBOT_SERVICE_URL": url, **UNLIMITED, **(variables or {}), **more}))
     app.proxy.max_connections = max_connections  # by settings alone, admission would come first
     stack = app.app
 
@@ -71,8 +72,8 @@ async def hangs(request: Request, reader: Reader, writer: Writer) -> None:
     raise ConnectionError
 
 
-async def timed(answer: asyncio.Task[Answer] | Any) -> tuple[float, Answer]:
+async def timed(answer: Awaitable[Answer]) -> tuple[float, Answer]:
     """How many seconds an answer takes, and the answer."""
     began = monotonic()
-    got: Answer = await answer
+    got = await answer
     return monotonic() - began, got

@@ -269,7 +269,7 @@ async def phase_of(timer: Timer, *, lasts: float, **environ: str) -> AsyncIterat
                 connections = 1
             named = {f"CHATBOT_{name}": value for name, value in environ.items()}
             async with gateway(
-                url, max_connections=connections, CHATBOT_MAX_BODY_BYTES="33554432", CHATBOT_RETRIES="0", **named
+                url, named, max_connections=connections, CHATBOT_MAX_BODY_BYTES="33554432", CHATBOT_RETRIES="0"
             ) as gw:
                 late = asyncio.create_task(answer_later(listener, lasts))
                 try:
@@ -484,7 +484,7 @@ async def test_a_websocket_has_none_of_an_answers_timers() -> None:
             raw.send(TEXT, message.payload)
 
     brief = dict.fromkeys(("BETWEEN_BYTES_TIMEOUT", "ANSWER_TIMEOUT", "STREAM_TIMEOUT", "FIRST_BYTE_TIMEOUT"), "0.1")
-    async with service(speaks(listen)) as upstream, gateway(upstream.url, **brief) as gw, client(gw.port, PATH) as near:
+    async with service(speaks(listen)) as upstream, gateway(upstream.url, brief) as gw, client(gw.port, PATH) as near:
         for pause in (0, 0.4):
             await asyncio.sleep(pause)
             near.send(TEXT, b"still there")
@@ -504,7 +504,7 @@ async def test_a_websocket_is_pinged_and_ends_where_it_is_idle_as_set_for_its_se
                 raw.send(PONG, message.payload)
 
     set_so = {"CHATBOT_WEBSOCKET_PING_INTERVAL": "0.1", "CHATBOT_WEBSOCKET_IDLE_TIMEOUT": "0.5"}
-    async with service(speaks(answer_pings)) as upstream, gateway(upstream.url, **set_so) as gw:
+    async with service(speaks(answer_pings)) as upstream, gateway(upstream.url, set_so) as gw:
         began = monotonic()
         async with client(gw.port, PATH) as near:
             assert ((said := await near.read()).code, said.reason) == (1001, "idle")

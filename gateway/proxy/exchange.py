@@ -26,6 +26,7 @@ LOOK_AGAIN = 60.0  # seconds, at the latest
 REPLAY_BYTES = 64 * 1024  # of a request's body, kept in case it is sent again (RESILIENCE.md, 3)
 TAIL_BYTES = 4096  # of a stream of events: enough to see in its last one whether it says that the stream failed
 NEVER = float("inf")
+FIRST_ATTEMPT = b"x-gateway-attempt: 1\r\n"
 MOST_DIGITS = 19  # of the largest number of 63 bits, by which some callers mean "for ever"
 LONGEST_ALLOWED = 1_000_000_000  # ms, 11 days: longer than any answer may take, and 31 bits hold it
 
@@ -321,8 +322,8 @@ class Exchange:
             if left <= 0:
                 raise ForwardingError(Cause.CLIENT_DEADLINE, TOO_LATE[Cause.CLIENT_DEADLINE])
             head += b"x-request-timeout-ms: %d\r\n" % left
-        if self.context.attempts > 1:
-            head += b"x-gateway-attempt: %d\r\n" % self.context.attempts
+        attempts = self.context.attempts
+        head += FIRST_ATTEMPT if attempts == 1 else b"x-gateway-attempt: %d\r\n" % attempts
         if not self._uploaded:
             length = fields.length
             framing = b"transfer-encoding: chunked\r\n" if length is None else b"content-length: %b\r\n" % length
@@ -371,7 +372,10 @@ class Exchange:
             sent_to_client=self._started,
             probe=context.probe,
         )
-        return wait if wait is not None and self.route.budget.take(now) else None
+        if wait is not None and not self.route.budget.take(now):
+            context.retry_denied = True
+            return None
+        return wait
 
     def _begin_stream(self, connection: UpstreamConnection) -> bool:
         """Bound the time of an answer that is not known whole from its head; whether it is a stream of events."""
