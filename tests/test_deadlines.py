@@ -3,19 +3,20 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from time import monotonic
 from typing import NamedTuple
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from gateway.app import Gateway, create_app
 from gateway.context import Cause, RequestContext
 from gateway.proxy.app import ProxyApp
 from gateway.settings import Settings
 from tests.asgi_call import http
 from tests.frames import PING, PONG, TEXT, Raw, client, speaks
-from tests.gateway_rig import PATH, Rig, gateway
+from tests.gateway_rig import NO_BREAKER, PATH, UNLIMITED, Rig, gateway, hangs, timed
 from tests.wire import (
     OK,
     Answer,
@@ -28,8 +29,10 @@ from tests.wire import (
     read_answer,
     read_body,
     reply,
+    reset,
     send_raw,
     service,
+    serving_at_the_edge,
     until,
 )
 
@@ -350,6 +353,19 @@ async def test_a_client_slow_to_take_an_answer_known_whole_is_charged_to_its_own
     assert context.cause is cause
 
 
+async def test_an_attempt_after_one_that_took_too_long_has_timers_of_its_own() -> None:
+    set_so = {"CHATBOT_CONNECT_TIMEOUT": "0.1", "CHATBOT_FIRST_BYTE_TIMEOUT": "0.2"}
+    with full_listener() as listener:
+        full = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        async with service(hangs) as upstream, gateway(f"{full},{upstream.url}", set_so) as gw:
+            gw.app.proxy._random = lambda: 0.0  # the first replica, and no back-off
+            seconds, answer = await timed(gw.call())
+            assert answer.status == 504
+            assert 0.3 <= seconds <= 0.3 + LATE
+            context = await gw.ended()
+            assert (context.attempts, context.cause) == (2, Cause.FIRST_BYTE_TIMEOUT)
+
+
 # What the caller allows
 
 
@@ -473,6 +489,146 @@ async def test_a_connection_that_comes_when_nothing_is_left_is_not_used() -> Non
             status, left = await left_by(gw, upstream, f"X-Request-Timeout-Ms: {allowed}")
             assert left is None or 0 < left < allowed
             assert status == 504 or left is not None
+
+
+# ... is kept, wherever a request is when it runs out: in the best of three runs, for a machine may stand still
+
+
+ALLOWED, AT_THE_LATEST = 0.3, 0.32  # seconds
+
+
+class Scripted:
+    """A service that does one thing with a first attempt and another with a second; ``/hold`` it keeps until freed."""
+
+    def __init__(self, first: str, second: str) -> None:
+        self.script = {b"1": first, b"2": second}
+        self.freed = asyncio.Event()
+
+    async def __call__(self, request: Request, reader: Reader, writer: Writer) -> None:
+        if request.target.endswith(b"/hold"):
+            await self.freed.wait()
+            writer.write(OK)
+            return
+        does = self.script[request.values(b"x-gateway-attempt")[0]]
+        if does == "hangs":
+            await hangs(request, reader, writer)
+        if does == "fails late":
+            await asyncio.sleep(0.26)
+        if does == "answers":
+            writer.write(OK)
+        elif not writer.is_closing():
+            reset(writer)
+
+
+class Case(NamedTuple):
+    """Where a request may be when its time is up.
+
+    Attributes:
+        queue: for a connection: none, one that moves after 0.1 s, or one that stands.
+        first: what becomes of the first attempt; ``can't connect`` takes 0.1 s.
+        second: what becomes of the second.
+        replicas: how many there are.
+    """
+
+    queue: str
+    first: str
+    second: str
+    replicas: int
+
+    @property
+    def status(self) -> int:
+        """What is to be expected."""
+        if self.queue == "stands" or self.first == "hangs" or (self.queue, self.first) == ("moves", "fails late"):
+            return 504
+        return 200 if self.second == "answers" else 504
+
+
+class Mounted:
+    """Many gateways under one server: a request names its own."""
+
+    def __init__(self) -> None:
+        self.gateways: list[Gateway] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            for step in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{step}.complete"})
+            return
+        await self.gateways[int(dict(scope["headers"])[b"x-run"])](scope, receive, send)
+
+
+Run = Callable[[], Awaitable[tuple[float, int]]]
+
+
+@asynccontextmanager
+async def run_of(case: Case, mounted: Mounted, port: int, full: str) -> AsyncIterator[Run]:
+    """A gateway and its service, the queue filled; gives what makes one request, and tells its seconds and status."""
+    scripted = Scripted(case.first, case.second)
+    number = len(mounted.gateways)
+    async with AsyncExitStack() as running:
+        services = [await running.enter_async_context(service(scripted)) for _ in range(case.replicas)]
+        urls = [each.url for each in services]
+        if case.first == "can't connect":
+            urls[0] = full
+        variables = {"CHATBOT_SERVICE_URL": ",".join(urls), "CONNECT_TIMEOUT": "0.1"}
+        app = create_app(Settings.load({**variables, **UNLIMITED, **NO_BREAKER}))
+        running.push_async_callback(app.proxy.aclose)
+        app.proxy.max_connections = 1
+        app.proxy._random = lambda: 0.3  # the first replica, and 15 ms of back-off
+        mounted.gateways.append(app)
+        lag = 0.02 * number  # so that no run waits for another's processor time
+
+        async def ask(path: str, *lines: str) -> Answer:
+            fields = "".join(f"{line}\r\n" for line in ("Host: h", f"X-Run: {number}", *lines))
+            async with connected(port) as (reader, writer), asyncio.timeout(5):
+                writer.write(f"GET {path} HTTP/1.1\r\n{fields}\r\n".encode())
+                return await read_answer(reader)
+
+        async def run() -> tuple[float, int]:
+            await asyncio.sleep(lag)
+            if case.queue == "moves":
+                asyncio.get_running_loop().call_later(0.1, scripted.freed.set)
+            seconds, answer = await timed(ask(PATH, f"X-Request-Timeout-Ms: {ALLOWED * 1000:.0f}"))
+            return seconds, answer.status
+
+        holders: list[asyncio.Task[Answer]] = []
+        try:
+            await ask("/health")  # what a gateway does but once
+            for _ in range(0 if case.queue == "none" else len(urls) - (full in urls)):
+                holders.append(asyncio.create_task(ask(f"{PATH}/hold")))
+                await until(lambda: sum(len(each.requests) for each in services) == len(holders))
+            yield run
+        finally:
+            scripted.freed.set()
+            for holder in holders:
+                holder.cancel()
+            await asyncio.gather(*holders, return_exceptions=True)
+
+
+@pytest.mark.parametrize("queue", ["none", "moves", "stands"])
+@pytest.mark.parametrize("first", ["hangs", "fails", "fails late", "can't connect"])
+async def test_a_caller_has_its_answer_when_its_time_is_up(first: str, queue: str) -> None:
+    replicas = (2,) if first == "can't connect" else (1, 2)
+    cases = [Case(queue, first, second, count) for second in ("answers", "hangs") for count in replicas]
+    mounted = Mounted()
+    with full_listener() as listener:
+        full = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        async with serving_at_the_edge(mounted) as port, AsyncExitStack() as running:
+            runs = [
+                (case, await running.enter_async_context(run_of(case, mounted, port, full)))
+                for case in cases
+                for _ in range(3)
+            ]
+            results = await asyncio.gather(*(run() for _, run in runs))
+    of_each: dict[Case, list[tuple[float, int]]] = {}
+    for (case, _), result in zip(runs, results, strict=True):
+        of_each.setdefault(case, []).append(result)
+    for case, three in of_each.items():
+        assert min(three)[0] <= AT_THE_LATEST, (case, three)
+        assert case.status in {status for _, status in three}, (case, three)
+        for seconds, status in three:
+            assert status in (200, 502) or seconds >= ALLOWED, "before, only what the service has to say"
 
 
 # WebSockets

@@ -147,6 +147,8 @@ class Exchange:
                     break
                 tried += (place.address,)
                 self._expect(Cause.CLIENT_DEADLINE, NEVER)
+                if self.slot is None:  # it was a timer that ended the attempt, and so the wheel has let go of it
+                    route.wheel.bring_forward(self, min(self._ends, now() + route.look_after))
                 await asyncio.sleep(wait)
                 began = now()
         except ForwardingError as raised:
