@@ -571,7 +571,7 @@ async def run_of(case: Case, mounted: Mounted, port: int, full: str) -> AsyncIte
         urls = [each.url for each in services]
         if case.first == "can't connect":
             urls[0] = full
-        variables = {"CHATBOT_SERVICE_URL": ",".join(urls), "CONNECT_TIMEOUT": "0.1"}
+        variables = {"CHATBOT_SERVICE_URL": ",".join(urls), "CONNECT_TIMEOUT": "0.1", "LOG_LEVEL": "CRITICAL"}
         app = create_app(Settings.load({**variables, **UNLIMITED, **NO_BREAKER}))
         running.push_async_callback(app.proxy.aclose)
         app.proxy.max_connections = 1

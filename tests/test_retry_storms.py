@@ -186,7 +186,7 @@ SENDING = st.tuples(
 )
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(st.lists(SENDING, min_size=1, max_size=12), st.integers(0, 3), st.booleans())
 async def test_t2_and_t3_hold_whatever_a_service_does_in_whatever_phase(
     sendings: list[tuple[Kind, list[Fault], int, bool]], retries: int, declared: bool
