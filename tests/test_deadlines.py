@@ -167,8 +167,10 @@ async def drip(at: At, head: bytes, drop: bytes, end: bytes) -> Answer:
 async def not_reading_the_answer(at: At) -> Answer:
     size = 24 * 1024 * 1024
 
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
+
     async def flood(request: Request, reader: Reader, writer: Writer) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+        writer.write(answer)
         await writer.drain()
 
     at.upstream.handler = flood
@@ -298,8 +300,8 @@ async def test_a_timer_fires_when_it_is_set_to_and_all_agree_on_what_that_means(
 
 @every_timer
 async def test_a_timer_is_not_fired_by_a_phase_of_its_neighbours(timer: Timer) -> None:
-    others = dict.fromkeys(SETTINGS - {timer.setting} - timer.around, "0.15")
-    async with phase_of(timer, lasts=0.5, **{timer.setting: "10"}, **others) as at:
+    others = dict.fromkeys(SETTINGS - {timer.setting} - timer.around, "0.25")
+    async with phase_of(timer, lasts=0.6, **{timer.setting: "10"}, **others) as at:
         answer = await timer.phase(at)
         assert (answer.status, answer.whole) == (200, True)
         assert (await at.gw.ended()).cause is Cause.COMPLETED
