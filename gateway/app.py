@@ -65,10 +65,11 @@ def create_app(settings: Settings | None = None) -> "Gateway":
     circuit_breaker_registry.replace_all(breakers, fleet)
     metrics.expect(table.services)
 
-    def refresh() -> None:
-        metrics.refresh(circuit_breaker_registry.status())
-
     proxy = ProxyApp(table.services, trusted_proxies=settings.trusted_proxies, max_connections=settings.max_in_flight)
+
+    def refresh() -> None:
+        metrics.refresh(circuit_breaker_registry.status(), proxy.retries_left)
+
     app = stack(
         CorrelationASGI,
         partial(

@@ -99,6 +99,7 @@ class RequestContext:
         probe: the breaker is half-open and this request is one of its probes: it is never retried.
         status: the status sent to the client; 0 before one was. A WebSocket that was accepted has 101.
         attempts: how often it was sent to a replica of the service.
+        retry_denied: it would have been sent once more, had its service's budget for retries had one left.
         replica: the address of the last replica tried.
         bytes_in: bytes of body that the proxy read from the client; in the end, all that was read.
         bytes_out: bytes of body that the proxy gave to the client; in the end, all that was given.
@@ -132,6 +133,7 @@ class RequestContext:
     probe = False
     status = 0
     attempts = 0
+    retry_denied = False
     replica = ""
     bytes_in = 0
     bytes_out = 0

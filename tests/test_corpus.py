@@ -54,7 +54,7 @@ STATUSES = [200] * 8 + [201, 202, 203, 206, 206, 207, 226, 300, 301, 302, 303, 3
 STATUSES += [405, 406, 409, 410, 412, 413, 415, 416, 418, 418, 422, 426, 429, 431, 451, 499, 500, 501, 502, 503, 503]
 STATUSES += [504, 505, 511, 599, 204, 204, 205, 304, 304]
 BODILESS = (204, 304)
-FORWARDING = {b"via", b"forwarded", b"x-real-ip"} | {
+FORWARDING = {b"via", b"forwarded", b"x-real-ip", b"x-gateway-attempt"} | {
     b"x-forwarded-%b" % rest for rest in (b"for", b"proto", b"host", b"port", b"prefix")
 }
 FRAMING = {b"content-length", b"transfer-encoding"}
@@ -195,7 +195,13 @@ ANSWER_GROUPS: list[list[Field]] = [
     ],
 ]
 US = b"127.0.0.1"
-SAID = {b"x-forwarded-for": US, b"x-forwarded-proto": b"http", b"x-forwarded-host": b"gateway.test", b"via": b""}
+SAID = {
+    b"x-forwarded-for": US,
+    b"x-forwarded-proto": b"http",
+    b"x-forwarded-host": b"gateway.test",
+    b"x-gateway-attempt": b"1",
+    b"via": b"",
+}
 FORWARDED: list[tuple[list[Pair], dict[bytes, bytes]]] = [  # what a trusted peer says, and what comes of it
     *[([], {})] * 6,
     ([(b"X-Forwarded-For", b"203.0.113.9")], {b"x-forwarded-for": b"203.0.113.9, " + US}),

@@ -148,6 +148,18 @@ async def test_why_requests_end_and_how_often_services_are_asked() -> None:
     assert measured.value("gateway_upstream_retries_total", **service) == 1
 
 
+async def test_a_retry_that_the_budget_denies_is_counted_and_the_budget_shown() -> None:
+    measured = Measured(answering(502, service=CHAT, cause=Cause.RESET, attempts=1, retry_denied=True))
+    measured.metrics.expect([CHAT])
+    assert measured.value("gateway_upstream_retries_denied_total", service=CHAT.name) == 0
+    await call(measured.layer, http())
+    assert measured.value("gateway_upstream_retries_denied_total", service=CHAT.name) == 1
+    assert measured.value("gateway_upstream_retries_total", service=CHAT.name) == 0
+    for left in (10, 3):
+        measured.metrics.refresh({}, {CHAT.name: left})
+        assert measured.value("gateway_upstream_retry_budget", service=CHAT.name) == left
+
+
 async def test_labels_are_bounded_whatever_clients_send() -> None:
     measured = Measured(answering(200, endpoint="other"))
     await call(measured.layer, http())
@@ -207,7 +219,7 @@ def test_breakers_are_shown_as_numbers() -> None:
     for state, number in (("open", 2), ("half_open", 1), ("closed", 0)):
         measured.metrics.breaker_changed("chatbot-service", state)
         assert measured.value("circuit_breaker_state", service="chatbot-service") == number
-    measured.metrics.refresh({"chatbot-service": {"state": "half_open"}})
+    measured.metrics.refresh({"chatbot-service": {"state": "half_open"}}, {})
     assert measured.value("circuit_breaker_state", service="chatbot-service") == 1
     assert measured.value("circuit_breaker_transitions_total", service="chatbot-service", state="open") == 1
 
@@ -270,12 +282,12 @@ metrics = process_metrics()
 metrics.expect([Service(name="chatbot-service", prefix="/api/v1/chat", replicas=())])
 from gateway.context import RequestContext
 context = RequestContext()
-context.attempts = 2
+context.attempts, context.retry_denied = 2, True
 for _ in range(int(sys.argv[1])):
     metrics.ended(("POST", "/api/v1/chat", 200, "chatbot-service", "completed"), 0.2, context)
 metrics.under_way = 1
 metrics.limiter_shared(sys.argv[2] == "open")
-metrics.refresh({"chatbot-service": {"state": sys.argv[2]}})
+metrics.refresh({"chatbot-service": {"state": sys.argv[2]}}, {"chatbot-service": 7})
 if sys.argv[2] == "open":
     from prometheus_client import CollectorRegistry, generate_latest, multiprocess
     registry = CollectorRegistry()
@@ -297,6 +309,8 @@ if sys.argv[2] == "open":
     assert 'http_requests_total{endpoint="/api/v1/chat",method="POST",status="200"} 7.0' in text
     assert 'http_request_duration_seconds_count{endpoint="/api/v1/chat",method="POST"} 7.0' in text
     assert 'gateway_upstream_retries_total{service="chatbot-service"} 7.0' in text
+    assert 'gateway_upstream_retries_denied_total{service="chatbot-service"} 7.0' in text
+    assert 'gateway_upstream_retry_budget{service="chatbot-service"} 7.0' in text, "of those that live"
     assert 'circuit_breaker_state{service="chatbot-service"} 2.0' in text
     assert "gateway_requests_in_flight 1.0" in text, "the first worker is gone, and its requests with it"
     assert "rate_limiter_shared 1.0" in text

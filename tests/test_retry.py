@@ -181,3 +181,81 @@ def test_what_is_left_of_the_deposits_equals_a_recount(turns: list[tuple[float, 
             budget.take(now)
         assert budget._total == sum(budget._deposits)
         assert min(budget._deposits) >= 0
+
+
+class Recount:
+    """The budget as RESILIENCE.md has it, counted anew each time: every deposit by itself, the reserve as it grows."""
+
+    def __init__(self) -> None:
+        self.deposits: list[float] = []
+        self.reserve = 10.0
+        self.seen_at: float | None = None
+
+    def take(self, now: float) -> bool:
+        self.reserve = min(10.0, self.reserve + now - (now if self.seen_at is None else self.seen_at))
+        self.seen_at = now
+        self.deposits = [at for at in self.deposits if int(at) + 10 > int(now)]
+        if len(self.deposits) >= 5:
+            del self.deposits[:5]
+            return True
+        if self.reserve >= 1:
+            self.reserve -= 1
+            return True
+        return False
+
+    def left(self, now: float) -> int:
+        count = 0
+        kept = self.deposits.copy(), self.reserve, self.seen_at
+        while self.take(now):
+            count += 1
+        self.deposits, self.reserve, self.seen_at = kept
+        return count
+
+
+EIGHTHS = st.integers(0, 130).map(lambda eighths: eighths / 8)  # of a second: sums of them are exact
+
+
+@given(st.integers(0, 100), st.lists(st.tuples(EIGHTHS, st.integers(0, 40), st.integers(0, 30)), max_size=60))
+def test_t1_the_budget_decides_as_a_recount_of_all_that_came_before(
+    start: int, turns: list[tuple[float, int, int]]
+) -> None:
+    budget, recount, now = RetryBudget(), Recount(), float(start)
+    for gap, arriving, wanted in turns:
+        now += gap
+        for _ in range(arriving):
+            budget.deposit(now)
+            recount.deposits.append(now)
+        assert budget.left(now) == recount.left(now)
+        assert [budget.take(now) for _ in range(wanted)] == [recount.take(now) for _ in range(wanted)]
+
+
+@given(st.lists(st.tuples(st.floats(0, 12), st.integers(0, 40), st.integers(0, 30)), max_size=60), st.floats(0, 9.99))
+def test_t1_retries_in_any_ten_seconds_are_a_fifth_of_the_requests_of_twenty_and_twenty_at_most(
+    turns: list[tuple[float, int, int]], offset: float
+) -> None:
+    budget, now = RetryBudget(), 0.0
+    requests: list[float] = []
+    retries: list[float] = []
+    for gap, arriving, wanted in turns:
+        now += gap
+        for _ in range(arriving):
+            budget.deposit(now)
+            requests.append(now)
+        retries += [now for _ in range(wanted) if budget.take(now)]
+    for edge in {*requests, *retries}:
+        for start in (edge, edge - offset, edge - 10):
+            spent = sum(start <= at <= start + 10 for at in retries)
+            assert spent <= 0.2 * sum(start - 10 <= at <= start + 10 for at in requests) + 20
+
+
+@pytest.mark.parametrize("rate", [0.5, 3, 50, 1000])
+def test_a_long_outage_costs_a_service_a_fifth_and_one_a_second_more(rate: float) -> None:
+    budget, requests, retries = RetryBudget(), 0, 0
+    seconds = 100 if rate > 100 else 3600
+    while requests < seconds * rate:
+        now = requests / rate
+        budget.deposit(now)
+        requests += 1
+        retries += budget.take(now + 0.01)
+    assert retries <= 0.2 * requests + seconds + 10, "the reserve is full at the start"
+    assert retries >= min(requests, 0.19 * requests + 0.9 * seconds)

@@ -55,6 +55,12 @@ ERRORS = ("http_request_errors_total", "Requests answered 5xx, or cut short.", (
 OUTCOMES = ("gateway_request_outcomes_total", "Why requests ended.", ("service", "cause"))
 ATTEMPTS = ("gateway_upstream_attempts_total", "Requests sent to a service, retries included.", ("service",))
 RETRIES = ("gateway_upstream_retries_total", "Requests sent to a service again.", ("service",))
+DENIED = (
+    "gateway_upstream_retries_denied_total",
+    "Requests not sent to a service again because its budget for retries was spent.",
+    ("service",),
+)
+COUNTERS = (REQUESTS, ERRORS, OUTCOMES, ATTEMPTS, RETRIES, DENIED)
 
 
 class Metrics:
@@ -78,6 +84,12 @@ class Metrics:
         )
         self.transitions = counter(
             "circuit_breaker_transitions_total", "Changes of a breaker into a state.", ("service", "state")
+        )
+        self.retry_budgets = gauge(
+            "gateway_upstream_retry_budget",
+            "Retries that a service may get now; over workers, the sum.",
+            ("service",),
+            multiprocess_mode="livesum",
         )
         self.exceeded = counter("rate_limit_exceeded_total", "Requests refused with 429, by caller.", ("identifier",))
         self.shared = gauge(
@@ -107,6 +119,7 @@ class Metrics:
         for service in services:
             self._requests.expect(("POST", service.prefix, 200, service.name, Cause.COMPLETED))
             self.breaker_states.labels(service.name)
+            self.retry_budgets.labels(service.name)
             for state in STATES:
                 self.transitions.labels(service.name, state)
 
@@ -136,12 +149,15 @@ class Metrics:
         """So many log lines found no room."""
         self.dropped.inc(lines)
 
-    def refresh(self, breakers: Mapping[str, Mapping[str, Any]]) -> None:
+    def refresh(self, breakers: Mapping[str, Mapping[str, Any]], retries_left: Mapping[str, int]) -> None:
         """Bring up to date what changes without an event: call it before a scrape, and every second or so.
 
         Args:
             breakers: by service, with its ``state``. An open breaker becomes half-open by the clock alone.
+            retries_left: by service, in its budget.
         """
+        for service, left in retries_left.items():
+            self.retry_budgets.labels(service).set(left)
         for service, status in breakers.items():
             self.breaker_states.labels(service).set(STATES[status["state"]])
         if self._directory is not None:
@@ -152,11 +168,11 @@ class Metrics:
 class _Tally:
     """What requests of one kind add up to."""
 
-    __slots__ = ("buckets", "errors", "exemplars", "retries", "seconds", "unsent")
+    __slots__ = ("buckets", "denied", "errors", "exemplars", "retries", "seconds", "unsent")
 
     def __init__(self) -> None:
         self.unsent = 0  # requests that no service was asked to answer
-        self.retries = 0
+        self.retries = self.denied = 0
         self.errors = 0
         self.seconds = 0.0
         self.buckets = [0] * len(BOUNDS)
@@ -191,11 +207,11 @@ class _InOneProcess(Collector):
             tally.retries += attempts - 1
         elif attempts == 0:
             tally.unsent += 1
+        if context.retry_denied:
+            tally.denied += 1
 
     def collect(self) -> Iterable[Metric]:
-        counts: dict[str, dict[tuple[str, ...], float]] = {
-            name: defaultdict(float) for name, _, _ in (REQUESTS, ERRORS, OUTCOMES, ATTEMPTS, RETRIES)
-        }
+        counts: dict[str, dict[tuple[str, ...], float]] = {name: defaultdict(float) for name, _, _ in COUNTERS}
         times: dict[tuple[str, str], _Tally] = {}
         for (method, endpoint, status, service, cause), tally in tuple(self.series.items()):
             count = sum(tally.buckets)
@@ -206,11 +222,12 @@ class _InOneProcess(Collector):
             if service:
                 counts[ATTEMPTS[0]][(service,)] += count - tally.unsent + tally.retries
                 counts[RETRIES[0]][(service,)] += tally.retries
+                counts[DENIED[0]][(service,)] += tally.denied
             total = times.setdefault(where, _Tally())
             total.seconds += tally.seconds
             total.buckets = [*map(sum, zip(total.buckets, tally.buckets, strict=True))]
             total.exemplars = [new or old for new, old in zip(tally.exemplars, total.exemplars, strict=True)]
-        for name, meaning, labels in (REQUESTS, ERRORS, OUTCOMES, ATTEMPTS, RETRIES):
+        for name, meaning, labels in COUNTERS:
             counter = CounterMetricFamily(name, meaning, labels=labels)
             for label_values, value in counts[name].items():
                 counter.add_metric(label_values, value)
@@ -246,6 +263,7 @@ class _OverWorkers:
         self._outcomes = counter(*OUTCOMES)
         self._attempts = counter(*ATTEMPTS)
         self._retries = counter(*RETRIES)
+        self._denied = counter(*DENIED)
         self._seconds = Histogram(*SECONDS, buckets=BUCKETS, registry=registry)
         self.series: dict[Kind, _Children] = {}
 
@@ -258,6 +276,7 @@ class _OverWorkers:
             self._errors.labels(method, endpoint),
             self._attempts.labels(service) if service else None,
             self._retries.labels(service) if service else None,
+            self._denied.labels(service) if service else None,
         )
         return children
 
@@ -276,6 +295,8 @@ class _OverWorkers:
             children.attempts.inc(attempts)
             if attempts > 1:
                 children.retries.inc(attempts - 1)
+        if context.retry_denied and children.denied is not None:
+            children.denied.inc()
 
 
 @dataclass(slots=True)
@@ -288,6 +309,7 @@ class _Children:
     errors: Counter
     attempts: Counter | None
     retries: Counter | None
+    denied: Counter | None
 
 
 def _bounded(kind: Kind) -> Kind:

@@ -114,6 +114,11 @@ class RetryBudget:
             return True
         return False
 
+    def left(self, now: float) -> int:
+        """How many retries there are to spend."""
+        self._expire(now)
+        return self._total // self.PRICE + int(min(self.RESERVE, now - self._reserve_empty_at))
+
     def _expire(self, now: float) -> None:
         self._deposits[self._second % self.LIFETIME] += self._fresh
         self._total += self._fresh

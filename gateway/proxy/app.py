@@ -14,6 +14,7 @@ from gateway.context import Cause, RequestContext
 from gateway.outbox import Outbox
 from gateway.policies.callers import TrustedProxies
 from gateway.policies.replicas import Replicas
+from gateway.policies.retry import RetryBudget
 from gateway.policies.services import Service, ServiceTable, UnsafePathError
 from gateway.problems import ForwardingError, answer
 from gateway.proxy.exchange import Exchange
@@ -130,6 +131,15 @@ class ProxyApp:
             ).status(now)
             for service in self.services.services
         }
+
+    @property
+    def retries_left(self) -> dict[str, int]:
+        """By service, how many retries its budget has now."""
+        left = dict.fromkeys((service.name for service in self.services.services), int(RetryBudget.RESERVE))
+        if self._loop is not None:
+            now = self._loop.time()
+            left.update({name: route.budget.left(now) for name, route in self._routes.items()})
+        return left
 
     def cut(self) -> None:
         """End every answer that still runs: with an ``error`` event where that is possible (RESILIENCE.md, 6)."""

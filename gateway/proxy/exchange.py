@@ -27,6 +27,9 @@ LOOK_AGAIN = 60.0  # seconds, at the latest
 REPLAY_BYTES = 64 * 1024  # of a request's body, kept in case it is sent again (RESILIENCE.md, 3)
 TAIL_BYTES = 4096  # of a stream of events: enough to see in its last one whether it says that the stream failed
 NEVER = float("inf")
+FIRST_ATTEMPT = b"x-gateway-attempt: 1\r\n"
+MOST_DIGITS = 19  # of the largest number of 63 bits, by which some callers mean "for ever"
+LONGEST_ALLOWED = 1_000_000_000  # ms, 11 days: longer than any answer may take, and 31 bits hold it
 
 TOO_LATE = {
     Cause.NO_CONNECTION: "All connections to the service stayed in use",
@@ -146,6 +149,8 @@ class Exchange:
                     break
                 tried += (place.address,)
                 self._expect(Cause.CLIENT_DEADLINE, NEVER)
+                if self.slot is None:  # it was a timer that ended the attempt, and so the wheel has let go of it
+                    route.wheel.bring_forward(self, min(self._ends, now() + route.look_after))
                 await asyncio.sleep(wait)
                 began = now()
         except ForwardingError as raised:
@@ -201,13 +206,15 @@ class Exchange:
             raise ForwardingError(Cause.REFUSED, message, status=508, reason="loop")
 
     def _allow(self, milliseconds: bytes) -> None:
-        """Bound the time of the whole request by what the caller allows (RESILIENCE.md, 4)."""
-        if not milliseconds.isdigit() or len(milliseconds) > 9:
+        """Bound the time of the whole request, from its arrival, by what the caller allows (RESILIENCE.md, 4)."""
+        milliseconds = milliseconds.strip(b" \t")  # not every server does
+        if not milliseconds.isdigit() or len(milliseconds) > MOST_DIGITS:
             message = "X-Request-Timeout-Ms must be one whole number of milliseconds"
             raise ForwardingError(Cause.REFUSED, message, status=400, reason="bad_timeout")
-        if int(milliseconds) == 0:
+        allowed = min(int(milliseconds), LONGEST_ALLOWED) / 1000
+        if allowed == 0:
             raise ForwardingError(Cause.CLIENT_DEADLINE, TOO_LATE[Cause.CLIENT_DEADLINE])
-        self._ends = self._allowed_until = self._now() + int(milliseconds) / 1000
+        self._ends = self._allowed_until = self._now() - (monotonic() - self.context.started) + allowed
         if self._ends < self.due:
             self.route.wheel.bring_forward(self, self._ends)
 
@@ -274,13 +281,14 @@ class Exchange:
         if data:
             self._begin_body(not failed)
         events = False
-        if not complete or connection.content_length is None:  # else it is known whole from its head
+        if not complete or connection.content_length is None:
             events = self._begin_stream(connection)
+        else:  # known whole from its head: what takes time now is the client
+            self._expect(CLIENT_TOO_SLOW, self.route.service.timeouts.client)
         if complete:
             self._give_back(pool)
         context.status = status
         self._started = True
-        self._phase = CLIENT_TOO_SLOW  # what takes time now, where the answer is known whole
         await send({"type": "http.response.start", "status": status, "headers": headers})
         while True:
             context.bytes_out += len(data)
@@ -321,9 +329,12 @@ class Exchange:
             target += b"?" + scope["query_string"]
         host = fields.host if service.preserve_host and fields.host else address.authority
         if not fields.plain and self._allowed_until != NEVER:
-            head += b"x-request-timeout-ms: %d\r\n" % max(1, int((self._allowed_until - self._now()) * 1000))
-        if self.context.attempts > 1:
-            head += b"x-gateway-attempt: %d\r\n" % self.context.attempts
+            left = int((self._allowed_until - self._now()) * 1000)
+            if left <= 0:
+                raise ForwardingError(Cause.CLIENT_DEADLINE, TOO_LATE[Cause.CLIENT_DEADLINE])
+            head += b"x-request-timeout-ms: %d\r\n" % left
+        attempts = self.context.attempts
+        head += FIRST_ATTEMPT if attempts == 1 else b"x-gateway-attempt: %d\r\n" % attempts
         if not self._uploaded:
             length = fields.length
             framing = b"transfer-encoding: chunked\r\n" if length is None else b"content-length: %b\r\n" % length
@@ -372,7 +383,10 @@ class Exchange:
             sent_to_client=self._started,
             probe=context.probe,
         )
-        return wait if wait is not None and self.route.budget.take(now) else None
+        if wait is not None and not self.route.budget.take(now):
+            context.retry_denied = True
+            return None
+        return wait
 
     def _begin_stream(self, connection: UpstreamConnection) -> bool:
         """Bound the time of an answer that is not known whole from its head; whether it is a stream of events."""
@@ -380,7 +394,9 @@ class Exchange:
         unbounded = connection.content_length is None
         self._streams_events = unbounded and is_event_stream(connection.headers)
         self._answer_ends = self._now() + (timeouts.stream if unbounded else timeouts.answer)
-        self._ends = min(self._answer_ends, self._allowed_until)
+        self._ends = ends = min(self._answer_ends, self._allowed_until)
+        if ends < self.due:
+            self.route.wheel.bring_forward(self, ends)
         self._expect(CLIENT_TOO_SLOW, timeouts.client)
         return self._streams_events
 
@@ -433,12 +449,13 @@ class Exchange:
                 connection.write(part)
                 if not connection.head_complete:
                     self._expect(Cause.WRITE_TIMEOUT, timeouts.write)
-                try:
-                    await connection.drain()
-                except ForwardingError:
-                    break  # the request's own task hears of it as well
-            if self._uploaded:
+            if self._uploaded:  # before it waits: an answer may end the exchange meanwhile
                 connection.end_body()
+            try:
+                await connection.drain()
+            except ForwardingError:
+                break  # the request's own task hears of it as well
+            if self._uploaded:
                 if not connection.head_complete:
                     self._expect(FIRST_BYTE_TIMEOUT, timeouts.first_byte)
                 break

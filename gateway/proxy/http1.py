@@ -266,7 +266,7 @@ class Http1Connection(asyncio.Protocol):
         self._body = self._body + data if self._body else data
         if behind is not None:
             self.complete, self.awaited = True, False
-            self.reusable = self._goes_on
+            self.reusable = self._goes_on and self._drained is None  # else it has yet to take the request's body
             self.served += 1
             self.idle_since = self._loop.time()
             if behind:  # the answer itself was whole; the garbage behind it ends the connection only
