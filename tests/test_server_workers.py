@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ import pytest
 
 from gateway.server.worker import FILES, FILES_AT_ONCE
 from gateway.server.workers import bind
-from tests.wire import eventually
+from tests.wire import eventually, reserved_port
 
 PROGRAM = """
 import asyncio, json, os, sys
@@ -202,6 +203,74 @@ def test_workers_know_their_number_and_share_a_directory_that_goes_with_them(ser
     for facts in seen.values():
         assert is_gone(facts["pid"])
         assert served.said(f"gone {facts['pid']}")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the user wants metrics to be kept."""
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(place))
+    return place
+
+
+def test_gateways_that_are_given_one_place_for_metrics_have_a_private_directory_each(
+    served: Served, place: Path, tmp_path: Path
+) -> None:
+    (place / "counter_1.db").write_bytes(b"another's")
+    served.start(workers=2)
+    directory = Path(served.is_up()["PROMETHEUS_MULTIPROC_DIR"])
+    with reserved_port() as port:
+        (tmp_path / "other").mkdir()
+        other = Served(tmp_path / "other", port)
+        other.start(workers=1)  # to ask for a place is to ask for metrics that outlive a reload
+        others = Path(other.is_up()["PROMETHEUS_MULTIPROC_DIR"])
+        assert directory.parent == others.parent == place
+        assert directory != others
+        assert stat.S_IMODE(others.stat().st_mode) == 0o700
+        other.signal(signal.SIGTERM)
+        assert other.ends() == 0
+    assert not others.exists()
+    assert directory.is_dir()
+    served.signal(signal.SIGTERM)
+    assert served.ends() == 0
+    assert [path.name for path in place.iterdir()] == ["counter_1.db"]
+
+
+def test_what_a_killed_supervisor_left_is_removed_at_the_next_start_but_not_before_its_workers_are_gone(
+    served: Served, place: Path, tmp_path: Path
+) -> None:
+    served.start(workers=2)
+    pids = served.pids(2)
+    directory = Path(served.get()["PROMETHEUS_MULTIPROC_DIR"])
+    stopped = pids.pop()
+    os.kill(stopped, signal.SIGSTOP)
+    served.process.kill()
+    served.ends()
+    eventually(lambda: all(map(is_gone, pids)))
+    with reserved_port() as port:  # the worker has the other one still
+        (tmp_path / "other").mkdir()
+        other = Served(tmp_path / "other", port)
+        for is_there in (True, False):  # a worker that may still count in it
+            other.start(workers=2)
+            other.is_up()
+            assert directory.is_dir() is is_there
+            other.signal(signal.SIGTERM)
+            assert other.ends() == 0
+            if is_there:
+                os.kill(stopped, signal.SIGKILL)
+                eventually(lambda: is_gone(stopped))
+    assert [*place.iterdir()] == []
+
+
+def test_a_place_for_metrics_that_is_none_is_one_line_and_status_1(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "nowhere"))
+    served.start(workers=2)
+    assert served.ends() == 1
+    assert served.log.read_text().startswith(f"Can't keep metrics in {tmp_path}/nowhere")
+    assert served.log.read_text().endswith(": No such file or directory\n")
 
 
 def test_answers_in_flight_are_finished_before_it_ends(served: Served) -> None:

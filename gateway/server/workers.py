@@ -3,6 +3,7 @@
 It does no work of its own and never blocks on a worker, so that whatever happens while some of them leave is handled.
 """
 
+import fcntl
 import logging
 import os
 import selectors
@@ -12,10 +13,11 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess
+from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
@@ -32,6 +34,8 @@ FIRST_BACKOFF, MAX_BACKOFF = 0.5, 30.0  # seconds before a worker is tried again
 START_TIMEOUT = 60.0  # seconds a worker that replaces another may take to start
 KILL_AFTER = 10.0  # seconds a worker has beyond what the limits allow it for leaving
 QUIT_AFTER = 3.0  # the same once it was told to leave at once
+METRICS = "PROMETHEUS_MULTIPROC_DIR"
+DIRECTORIES = "ai-gateway-metrics-"  # what the names of those for metrics begin with
 FAILED = 1  # exit status: nothing could be served
 fork = get_context("fork")  # starts in milliseconds, and is safe: the supervisor has no threads and no event loop
 
@@ -57,7 +61,8 @@ def serve(
     """Serve until SIGTERM or SIGINT, then drain; a second one ends it at once. SIGHUP loads the settings again.
 
     Each worker has ``GATEWAY_WORKER`` (from 0) and ``GATEWAY_WORKERS`` in its environment, and with more than one,
-    ``PROMETHEUS_MULTIPROC_DIR`` names a directory for the metrics of all.
+    ``PROMETHEUS_MULTIPROC_DIR`` names a directory for the metrics of all: a private one, within that which the variable
+    named before, if it did (then one worker has it, too), else in memory.
 
     Args:
         app: makes the application from the settings; called in each worker, never here.
@@ -67,19 +72,25 @@ def serve(
         port: its port.
         workers: processes that serve.
         certfile, keyfile: for TLS.
-        on_worker_exit: called here with the process ID of each worker that has ended.
+        on_worker_exit: called here with the process ID of each worker that has ended, before another begins.
 
     Returns:
         The exit status: 0 after a drain, 1 if nothing could be served.
     """
     os.environ["GATEWAY_WORKERS"] = str(workers)
     settings = load()
-    try:
-        listeners = bind(host, port)
-    except OSError as error:
-        logger.error("Can't listen on %s port %d: %s", host, port, error.strerror or error)
-        return FAILED
-    with _metrics_directory(workers), _signals() as orders:
+    with ExitStack() as held:
+        try:
+            held.enter_context(_metrics_directory(workers))
+        except OSError as error:
+            logger.error("Can't keep metrics in %s: %s", error.filename or METRICS, error.strerror or error)
+            return FAILED
+        try:
+            listeners = bind(host, port)
+        except OSError as error:
+            logger.error("Can't listen on %s port %d: %s", host, port, error.strerror or error)
+            return FAILED
+        orders = held.enter_context(_signals())
         supervisor = Supervisor(
             app=app,
             load=load,
@@ -440,15 +451,51 @@ def _signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def _metrics_directory(workers: int) -> Iterator[None]:
-    """Where the workers' metrics meet: prometheus_client looks for the variable when it is imported, in them."""
-    if workers == 1:
+    """Where the workers' metrics meet: prometheus_client looks for the variable when it is imported, in them.
+
+    It stays locked for as long as we live, or a worker that has outlived us, so that no other supervisor takes it for
+    one that was left behind.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    given = os.environ.get(METRICS)
+    if workers == 1 and not given:
+        os.environ.pop(METRICS, None)  # an empty one, which prometheus_client would believe
         yield
         return
     in_memory = "/dev/shm"  # noqa: S108  mkdtemp makes a directory of our own there
-    directory = tempfile.mkdtemp(prefix="ai-gateway-", dir=in_memory if os.access(in_memory, os.W_OK) else None)
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+    parent = Path(given or (in_memory if os.access(in_memory, os.W_OK) else tempfile.gettempdir()))
+    _remove_left_behind(parent)
+    unlocked = Path(tempfile.mkdtemp(prefix=f".{DIRECTORIES}", dir=parent))
+    directory = unlocked.with_name(unlocked.name[1:])
+    lock = os.open(unlocked, os.O_RDONLY | os.O_DIRECTORY)
+    with suppress(OSError):  # not all file systems can; there nobody removes what is left behind
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    unlocked.rename(directory)
+    os.environ[METRICS] = str(directory)
     try:
         yield
     finally:
-        del os.environ["PROMETHEUS_MULTIPROC_DIR"]
         shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
+        del os.environ[METRICS]
+        if given:
+            os.environ[METRICS] = given
+
+
+def _remove_left_behind(parent: Path) -> None:
+    """Remove directories of supervisors that were killed: those that are ours, and that nobody has locked."""
+    for found in parent.glob(f"{DIRECTORIES}*"):
+        try:
+            lock = os.open(found, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            if os.fstat(lock).st_uid == os.geteuid():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(found, ignore_errors=True)
+        except OSError:  # it is in use
+            pass
+        finally:
+            os.close(lock)
