@@ -17,6 +17,7 @@ from gateway.backends.prometheus import Metrics, process_metrics
 from gateway.backends.qdrant import QdrantCheck
 from gateway.backends.redis import RedisLimiter
 from gateway.circuit_breaker import circuit_breaker_registry
+from gateway.event_loop import LagMeter
 from gateway.middleware.access_log import LoggingASGI
 from gateway.middleware.admission import AdmissionASGI
 from gateway.middleware.breaker import BreakerASGI
@@ -65,10 +66,11 @@ def create_app(settings: Settings | None = None) -> "Gateway":
     circuit_breaker_registry.replace_all(breakers, fleet)
     metrics.expect(table.services)
 
+    meter = LagMeter()
     proxy = ProxyApp(table.services, trusted_proxies=settings.trusted_proxies, max_connections=settings.max_in_flight)
 
     def refresh() -> None:
-        metrics.refresh(circuit_breaker_registry.status(), proxy.retries_left)
+        metrics.refresh(circuit_breaker_registry.status(), proxy.retries_left, proxy.routes, limiter, meter.lags)
 
     app = stack(
         CorrelationASGI,
@@ -120,7 +122,17 @@ def create_app(settings: Settings | None = None) -> "Gateway":
         partial(BreakerASGI, breakers=breakers),
         around=proxy,
     )
-    return Gateway(app, settings, proxy=proxy, health=health, limiter=limiter, fleet=fleet, sink=sink, refresh=refresh)
+    return Gateway(
+        app,
+        settings,
+        proxy=proxy,
+        health=health,
+        limiter=limiter,
+        fleet=fleet,
+        sink=sink,
+        meter=meter,
+        refresh=refresh,
+    )
 
 
 def stack(*layers: Layer, around: ASGIApp) -> ASGIApp:
@@ -149,6 +161,7 @@ class Gateway:
         limiter: MemoryLimiter | RedisLimiter,
         fleet: Fleet | None,
         sink: LogSink,
+        meter: LagMeter,
         refresh: Callable[[], None],
     ) -> None:
         self.app = app
@@ -158,6 +171,7 @@ class Gateway:
         self.limiter = limiter
         self.fleet = fleet
         self.sink = sink
+        self.meter = meter
         self.refresh = refresh
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -208,6 +222,7 @@ class Gateway:
     async def _start(self, running: AsyncExitStack) -> None:
         """Start what runs beside the stack; ``running`` stops it in the opposite order."""
         settings, limiter = self.settings, self.limiter
+        running.callback(self.refresh)  # what was counted since the last time
         running.callback(self.sink.close)
         running.callback(configure_logging(self.sink, settings.log_level, settings.log_json))
         if not settings.redis_url and not settings.workers_known:
@@ -231,6 +246,8 @@ class Gateway:
         health_checks = HealthChecks(self.health, checks, each_round=[self.refresh])
         running.push_async_callback(health_checks.aclose)
         await health_checks.start()
+        self.meter.start()
+        running.callback(self.meter.stop)
 
 
 def _limiter(settings: Settings, metrics: Metrics, health: Health) -> MemoryLimiter | RedisLimiter:
@@ -257,7 +274,7 @@ def _limiter(settings: Settings, metrics: Metrics, health: Health) -> MemoryLimi
 
 def _breaker(name: str, config: CircuitBreakerConfig, metrics: Metrics, fleet: Fleet | None) -> CircuitBreaker:
     def changed(old: State, new: State, why: Event) -> None:
-        metrics.breaker_changed(name, new)
+        metrics.breaker_changed(name, new, why)
         if fleet is not None:
             fleet.changed(name, why)
         if why is not Event.RESET:  # of which there is a line already, with who and why

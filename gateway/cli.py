@@ -55,7 +55,14 @@ def serve(host: str | None, port: int | None, workers: int | None, config: str |
     overrides |= {"HOST": settings.host, "PORT": str(settings.port), "WORKERS": str(settings.workers)}
     from gateway.server.workers import serve as run
 
-    status = run(app=create_app, load=load, host=settings.host, port=settings.port, workers=settings.workers)
+    status = run(
+        app=create_app,
+        load=load,
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers,
+        on_worker_exit=keep_metrics,
+    )
     raise SystemExit(status)
 
 
@@ -139,6 +146,14 @@ def create_app(settings: Settings) -> "ASGIApp":
     from gateway.app import create_app as create
 
     return create(settings)
+
+
+def keep_metrics(pid: int) -> None:
+    """What a worker that has ended had counted stays counted."""
+    from gateway.backends import metric_files  # which the first worker that ends loads, and most supervisors never
+
+    if directory := metric_files.directory():
+        metric_files.fold_in(directory, pid)
 
 
 def row_of(each: ServiceSettings) -> tuple[str, str, str, str, str]:

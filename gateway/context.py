@@ -104,6 +104,7 @@ class RequestContext:
         bytes_in: bytes of body that the proxy read from the client; in the end, all that was read.
         bytes_out: bytes of body that the proxy gave to the client; in the end, all that was given.
         first_byte_at: when the first byte of the service's body came, monotonic seconds.
+        streamed: the service's answer announced no length (RESILIENCE.md, 4).
         cause: why it ended.
         reason: where the gateway refused it, a word saying why: ``rate_limited``, ``breaker_open``, ``full`` ...
         added: header fields that layers put on whatever answer there will be, as on the wire: see ``add``.
@@ -138,6 +139,7 @@ class RequestContext:
     bytes_in = 0
     bytes_out = 0
     first_byte_at: float | None = None
+    streamed = False
     cause: Cause | None = None
     reason = ""
     added = b""

@@ -36,7 +36,12 @@ class MemoryLimiter:
         workers: how many processes limit the same callers without asking one another; each admits its share.
         capacity: callers remembered.
         clock: Unix microseconds.
+
+    Attributes:
+        decided: how many decisions there were, all ``local``; for whoever sets it back to 0.
     """
+
+    waits: None = None  # for no store
 
     def __init__(
         self, *, workers: int = 1, capacity: int = 100_000, clock: Callable[[], int] = unix_microseconds
@@ -44,6 +49,7 @@ class MemoryLimiter:
         self.workers = workers
         self.capacity = capacity
         self.clock = clock
+        self.decided = {LOCAL: 0}
         self._shares: dict[Figures, Limits] = {}
         self._callers: dict[str, tuple[State, Limits]] = {}
         # Each caller once, by a moment at which its buckets were to be full again; by now it may be a later one.
@@ -52,6 +58,7 @@ class MemoryLimiter:
     def take(self, key: str, limits: Limits, cost: int = 1, on_failure: str = LOCAL) -> Decision:
         """Take ``cost`` tokens for a caller. ``on_failure`` has no meaning here: memory does not fail."""
         now_us = self.clock()
+        self.decided[LOCAL] += 1
         if self.workers != 1:
             limits = self._share(limits)
         known = self._callers.get(key)

@@ -3,6 +3,8 @@
 With ``PROMETHEUS_MULTIPROC_DIR`` set before this module is imported, prometheus_client keeps every value in a file of
 that directory, and whichever worker is scraped answers for all. In one process requests are added up in plain numbers,
 at a quarter of the cost, and become families when they are asked for.
+
+docs/metrics.md lists the families; ``python -m tests.metrics_page`` writes it from here.
 """
 
 import os
@@ -12,26 +14,30 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import (
+    CONTENT_TYPE_LATEST,
     REGISTRY,
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
     disable_created_metrics,
-    values,
+    generate_latest,
 )
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
+from starlette.types import ASGIApp, Scope
 
 from gateway import __version__
+from gateway.backends.metric_files import AllWorkers, directory
 from gateway.context import Cause, RequestContext
+from gateway.policies.circuit_breaker import TRANSITIONS
 from gateway.policies.services import Service
+from gateway.tally import GAPS, LAGS, WAITS, Tally
 
 # Seconds. Up to the longest stream: an answer of a language model may take minutes.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0)
@@ -42,6 +48,8 @@ OTHER_CALLER = "other"
 NO_SERVICE = "none"  # the gateway's own paths, and requests refused before they had a service
 MOST_CALLERS = 1000  # label values last as long as the process, so strangers must not make them up without end
 STATES = {"closed": 0, "half_open": 1, "open": 2}
+SOURCES = ("redis", "remembered", "local", "open", "closed")  # of a limiter's decisions
+OPENMETRICS = b"application/openmetrics-text"
 LONGEST_EXEMPLAR = 128 - len("correlation_id")  # OpenMetrics: names and values together
 Kind = tuple[str, str, int, str, str]  # method, endpoint, status, service, cause: all bounded, once the method is
 
@@ -63,6 +71,34 @@ DENIED = (
 COUNTERS = (REQUESTS, ERRORS, OUTCOMES, ATTEMPTS, RETRIES, DENIED)
 
 
+class Pool(Protocol):
+    """The connections to a replica; ``open`` counts the idle ones, too."""
+
+    @property
+    def open(self) -> int: ...
+    @property
+    def idle(self) -> int: ...
+
+
+class Route(Protocol):
+    """What there is of a service while it runs: connections by replica, and the seconds between parts of streams."""
+
+    service: Service
+    gaps: Tally
+
+    @property
+    def pools(self) -> Mapping[str, Pool]: ...
+
+
+class Limiter(Protocol):
+    """What it has decided by, and how many seconds its store took to answer, where it asks one."""
+
+    decided: dict[str, int]
+
+    @property
+    def waits(self) -> Tally | None: ...
+
+
 class Metrics:
     """Every family of the gateway; :func:`process_metrics` gives the process's own.
 
@@ -76,6 +112,7 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         counter = partial(Counter, registry=registry)
         gauge = partial(Gauge, registry=registry)
+        histogram = partial(Histogram, registry=registry)
         self.breaker_states = gauge(
             "circuit_breaker_state",
             "0 closed, 1 half-open, 2 open; over workers, the worst.",
@@ -83,7 +120,7 @@ class Metrics:
             multiprocess_mode="livemax",
         )
         self.transitions = counter(
-            "circuit_breaker_transitions_total", "Changes of a breaker into a state.", ("service", "state")
+            "circuit_breaker_transitions_total", "Changes of a breaker into a state.", ("service", "state", "why")
         )
         self.retry_budgets = gauge(
             "gateway_upstream_retry_budget",
@@ -103,16 +140,57 @@ class Metrics:
         self.dropped = counter("log_lines_dropped_total", "Log lines that found no room.")
         self.build = gauge("gateway_build_info", "1, by version.", ("version",), multiprocess_mode="livemax")
 
+        # What follows is brought up to date by `refresh`.
+        self.received = counter(
+            "gateway_received_bytes_total",
+            "Bytes of bodies, and of WebSockets' messages, from clients whose request has ended.",
+            ("service",),
+        )
+        self.sent = counter(
+            "gateway_sent_bytes_total",
+            "Bytes of bodies, and of WebSockets' messages, to clients whose request has ended.",
+            ("service",),
+        )
+        self.first_bytes = histogram(
+            "gateway_stream_first_byte_seconds",
+            "Seconds from a request's arrival to the first byte of its answer, where that is a stream.",
+            ("service",),
+            buckets=BUCKETS,
+        )
+        self.gaps = histogram(
+            "gateway_stream_gap_seconds",
+            "Seconds between two parts of an answer that is a stream, as they pass.",
+            ("service",),
+            buckets=GAPS,
+        )
+        self.connections = gauge(
+            "gateway_upstream_connections",
+            "Connections to a service, those of WebSockets apart.",
+            ("service", "state"),
+            multiprocess_mode="livesum",
+        )
+        self.decisions = counter(
+            "rate_limiter_decisions_total", "Decisions of the limiter, by what made them.", ("source",)
+        )
+        self.waits = histogram("rate_limiter_redis_seconds", "Seconds that a decision of Redis took.", buckets=WAITS)
+        self.lags = histogram(
+            "gateway_event_loop_lag_seconds",
+            "Seconds by which a worker's event loop came late to a timer, ten times a second.",
+            buckets=LAGS,
+        )
+
         self.under_way = 0  # requests and WebSockets that have begun and not ended
-        self._callers: set[str] = set()
-        over_workers: bool = values.ValueClass._multiprocess
-        self._requests = _OverWorkers(registry) if over_workers else _InOneProcess(registry)
+        self._passed: dict[str, _Passed] = {}
+        self._directory = files = directory()
+        self._requests = (_InOneProcess if files is None else _OverWorkers)(registry, self._passed)
         self.ended = self._requests.ended
-        self._directory = Path(MultiProcessCollector(None)._path) if over_workers else None  # type: ignore[no-untyped-call]
-        if not over_workers:
+        self._callers = set() if files is None else _callers_of(files)
+        if files is None:
             self.in_flight.set_function(lambda: self.under_way)
         self.build.labels(__version__).set(1)
         self.exceeded.labels(OTHER_CALLER)
+        for source in SOURCES:
+            self.decisions.labels(source)
 
     def expect(self, services: Iterable[Service]) -> None:
         """Show these services at zero from the start, so that the first error is an increase and not a beginning."""
@@ -120,15 +198,22 @@ class Metrics:
             self._requests.expect(("POST", service.prefix, 200, service.name, Cause.COMPLETED))
             self.breaker_states.labels(service.name)
             self.retry_budgets.labels(service.name)
-            for state in STATES:
-                self.transitions.labels(service.name, state)
+            for (old, why), new in TRANSITIONS.items():
+                if new is not old:
+                    self.transitions.labels(service.name, new, why)
+            self.gaps.labels(service.name)
+            for state in ("busy", "idle"):
+                self.connections.labels(service.name, state)
 
     def unparsed(self, status: int) -> None:
         """The server refused what it could not read as a request."""
         self.ended((OTHER_METHOD, "other", status, "", Cause.REFUSED), 0.0, RequestContext())
 
     def rate_limit_exceeded(self, caller: str) -> None:
-        """A caller was refused with 429; the first thousand have a series of their own."""
+        """A caller was refused with 429; the first thousand have a series of their own.
+
+        Each worker counts for itself to a thousand, beginning with those whom others have named before it started.
+        """
         if caller not in self._callers:
             if len(self._callers) >= MOST_CALLERS:
                 caller = OTHER_CALLER
@@ -140,37 +225,114 @@ class Metrics:
         """Whether limits are counted in Redis, together with all other workers."""
         self.shared.set(1 if shared else 0)
 
-    def breaker_changed(self, service: str, state: str) -> None:
-        """A breaker is now ``closed``, ``half_open`` or ``open``."""
-        self.transitions.labels(service, state).inc()
+    def breaker_changed(self, service: str, state: str, why: str) -> None:
+        """A breaker is now ``closed``, ``half_open`` or ``open``, and why."""
+        self.transitions.labels(service, state, why).inc()
         self.breaker_states.labels(service).set(STATES[state])
 
     def lines_dropped(self, lines: int) -> None:
         """So many log lines found no room."""
         self.dropped.inc(lines)
 
-    def refresh(self, breakers: Mapping[str, Mapping[str, Any]], retries_left: Mapping[str, int]) -> None:
-        """Bring up to date what changes without an event: call it before a scrape, and every second or so.
+    def refresh(
+        self,
+        breakers: Mapping[str, Mapping[str, Any]],
+        retries_left: Mapping[str, int],
+        routes: Iterable[Route] = (),
+        limiter: Limiter | None = None,
+        lags: Tally | None = None,
+    ) -> None:
+        """Bring up to date what is not counted as it happens: call it before a scrape, every second or so, at the end.
 
         Args:
             breakers: by service, with its ``state``. An open breaker becomes half-open by the clock alone.
             retries_left: by service, in its budget.
+            routes: those of the services that are in use.
+            limiter: what decides about callers.
+            lags: seconds by which the event loop was late.
         """
         for service, left in retries_left.items():
             self.retry_budgets.labels(service).set(left)
         for service, status in breakers.items():
             self.breaker_states.labels(service).set(STATES[status["state"]])
+        for service, passed in self._passed.items():
+            self.received.labels(service).inc(passed.received)
+            self.sent.labels(service).inc(passed.sent)
+            passed.received = passed.sent = 0
+            _pour(passed.first_bytes, self.first_bytes.labels(service))
+        for route in routes:
+            service, pools = route.service.name, route.pools.values()
+            idle = sum(pool.idle for pool in pools)
+            self.connections.labels(service, "idle").set(idle)
+            self.connections.labels(service, "busy").set(sum(pool.open for pool in pools) - idle)
+            _pour(route.gaps, self.gaps.labels(service))
+        if limiter is not None:
+            for source, count in limiter.decided.items():
+                self.decisions.labels(source).inc(count)
+                limiter.decided[source] = 0
+            if limiter.waits is not None:
+                _pour(limiter.waits, self.waits)
+        if lags is not None:
+            _pour(lags, self.lags)
         if self._directory is not None:
             self.in_flight.set(self.under_way)
             _forget_dead_workers(self._directory)
 
 
+def exposition(scope: Scope) -> ASGIApp:
+    """An answer with all metrics of this process, or of all workers, in the form that the request accepts."""
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette_exporter import handle_metrics, handle_openmetrics
+
+    openmetrics = any(name == b"accept" and OPENMETRICS in value for name, value in scope["headers"])
+    files = directory()
+    if files is None:
+        answer: ASGIApp = (handle_openmetrics if openmetrics else handle_metrics)(Request(scope))
+        return answer
+    registry = CollectorRegistry()
+    registry.register(AllWorkers(files))  # what starlette-exporter has for this may meet a value twice, or not at all
+    if openmetrics:
+        from prometheus_client.openmetrics import exposition as other
+
+        text = other.generate_latest(registry)  # type: ignore[no-untyped-call]
+        return Response(text, headers={"content-type": other.CONTENT_TYPE_LATEST})
+    return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+class _Passed:
+    """What has passed for one service since the last refresh."""
+
+    __slots__ = ("first_bytes", "received", "sent")
+
+    def __init__(self) -> None:
+        self.received = 0  # bytes
+        self.sent = 0
+        self.first_bytes = Tally(BUCKETS)
+
+    def add(self, context: RequestContext) -> None:
+        self.received += context.bytes_in
+        self.sent += context.bytes_out
+        if context.streamed and context.first_byte_at is not None:
+            self.first_bytes.add(max(0.0, context.first_byte_at - context.started))
+
+
+def _pour(tally: Tally, histogram: Histogram) -> None:
+    """Make what was tallied, by the histogram's own bounds, part of it."""
+    counts, total = tally.take()
+    if any(counts):
+        for bucket, count in zip(histogram._buckets, counts, strict=True):
+            bucket.inc(count)
+        histogram._sum.inc(total)
+
+
 class _Tally:
     """What requests of one kind add up to."""
 
-    __slots__ = ("buckets", "denied", "errors", "exemplars", "retries", "seconds", "unsent")
+    __slots__ = ("buckets", "denied", "errors", "exemplars", "passed", "retries", "seconds", "unsent")
 
-    def __init__(self) -> None:
+    def __init__(self, passed: _Passed) -> None:
+        self.passed = passed  # for their service
         self.unsent = 0  # requests that no service was asked to answer
         self.retries = self.denied = 0
         self.errors = 0
@@ -182,12 +344,13 @@ class _Tally:
 class _InOneProcess(Collector):
     """The families that every request counts in, added up in plain numbers."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, passed: dict[str, _Passed]) -> None:
         self.series: dict[Kind, _Tally] = {}
+        self._passed = passed
         registry.register(self)
 
     def expect(self, kind: Kind) -> _Tally:
-        return self.series.setdefault(kind, _Tally())
+        return self.series.setdefault(kind, _Tally(self._passed.setdefault(kind[3] or NO_SERVICE, _Passed())))
 
     def ended(self, kind: Kind, seconds: float, context: RequestContext) -> None:
         """Count a request or WebSocket that is over."""
@@ -209,6 +372,7 @@ class _InOneProcess(Collector):
             tally.unsent += 1
         if context.retry_denied:
             tally.denied += 1
+        tally.passed.add(context)
 
     def collect(self) -> Iterable[Metric]:
         counts: dict[str, dict[tuple[str, ...], float]] = {name: defaultdict(float) for name, _, _ in COUNTERS}
@@ -223,7 +387,7 @@ class _InOneProcess(Collector):
                 counts[ATTEMPTS[0]][(service,)] += count - tally.unsent + tally.retries
                 counts[RETRIES[0]][(service,)] += tally.retries
                 counts[DENIED[0]][(service,)] += tally.denied
-            total = times.setdefault(where, _Tally())
+            total = times.setdefault(where, _Tally(tally.passed))
             total.seconds += tally.seconds
             total.buckets = [*map(sum, zip(total.buckets, tally.buckets, strict=True))]
             total.exemplars = [new or old for new, old in zip(tally.exemplars, total.exemplars, strict=True)]
@@ -256,8 +420,9 @@ def _cumulated(tally: _Tally) -> Iterable[tuple[str, float] | tuple[str, float, 
 class _OverWorkers:
     """The same families in the files that all workers share; exemplars are not kept there."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, passed: dict[str, _Passed]) -> None:
         counter = partial(Counter, registry=registry)
+        self._passed = passed
         self._requests = counter(*REQUESTS)
         self._errors = counter(*ERRORS)
         self._outcomes = counter(*OUTCOMES)
@@ -277,6 +442,7 @@ class _OverWorkers:
             self._attempts.labels(service) if service else None,
             self._retries.labels(service) if service else None,
             self._denied.labels(service) if service else None,
+            self._passed.setdefault(service or NO_SERVICE, _Passed()),
         )
         return children
 
@@ -297,6 +463,7 @@ class _OverWorkers:
                 children.retries.inc(attempts - 1)
         if context.retry_denied and children.denied is not None:
             children.denied.inc()
+        children.passed.add(context)
 
 
 @dataclass(slots=True)
@@ -310,11 +477,18 @@ class _Children:
     attempts: Counter | None
     retries: Counter | None
     denied: Counter | None
+    passed: _Passed
 
 
 def _bounded(kind: Kind) -> Kind:
     method = kind[0]
     return kind if method in METHODS else (OTHER_METHOD, *kind[1:])
+
+
+def _callers_of(files: Path) -> set[str]:
+    """Callers that have a series already."""
+    families = [family for family in AllWorkers(files).collect() if family.name.startswith("rate_limit_exceeded")]
+    return {sample.labels["identifier"] for family in families for sample in family.samples} - {OTHER_CALLER}
 
 
 def _forget_dead_workers(directory: Path) -> None:

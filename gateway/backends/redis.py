@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gateway.backends.memory import MemoryLimiter, unix_microseconds
 from gateway.event_loop import SettledLoop
 from gateway.policies.token_bucket import CLOSED, LOCAL, OPEN, Decision, Figures, Limits, describe
+from gateway.tally import WAITS, Tally
 
 if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
@@ -56,6 +57,11 @@ class RedisLimiter:
         on_change: told at each change whether the buckets are shared from now on, and why.
         clock: Unix microseconds, for this worker's own buckets.
 
+    Attributes:
+        decided: how many decisions were Redis's (``redis``), a denial of Redis's that was ``remembered``, or made
+            without it: ``local``, ``open``, ``closed``. For whoever sets them back to 0.
+        waits: seconds that Redis's took; for whoever takes them.
+
     Raises:
         ValueError: the URL is none of Redis's.
     """
@@ -79,6 +85,8 @@ class RedisLimiter:
         self._on_change = on_change
         self._clock = clock
         self._own = MemoryLimiter(workers=workers, capacity=capacity, clock=clock)
+        self.decided = {"redis": 0, "remembered": 0, LOCAL: 0, OPEN: 0, CLOSED: 0}
+        self.waits = Tally(WAITS)
         # What the own buckets begin from: whose turn was of late, and before that. Both together keep to the capacity.
         self._known: dict[str, _Known] = {}
         self._known_before: dict[str, _Known] = {}
@@ -131,6 +139,7 @@ class RedisLimiter:
         if key in self._denied and cost:
             until, decision = self._denied[key]
             if monotonic() < until:
+                self.decided["remembered"] += 1
                 return _decided(decision)
             del self._denied[key]
         if self._shared is False or self._closed:
@@ -138,6 +147,8 @@ class RedisLimiter:
         return self._ask(key, limits, cost, on_failure)
 
     def _without_redis(self, key: str, limits: Limits, cost: int, on_failure: str) -> Decision:
+        if limits is not HEARTBEAT_LIMITS:
+            self.decided[on_failure] += 1
         if on_failure == LOCAL:
             before, known = self._known_before.pop(key, None), self._known.pop(key, None)
             if (known := known or before) is not None:
@@ -261,6 +272,7 @@ class RedisLimiter:
     def _answered(self, next_reply: Callable[[], Any]) -> None:
         """Give each reply, up to ``_NOT_YET``, to the check that has waited longest."""
         under_way = self._under_way
+        now = self._loop.time()
         while (reply := next_reply()) is not _NOT_YET:
             if not under_way:
                 raise ConnectionError(str(reply))  # such as having too many clients
@@ -273,9 +285,12 @@ class RedisLimiter:
                     answer.set_result(decision)
                 if limits is HEARTBEAT_LIMITS:
                     # Back only where a check that is held back would be in time too: else limits would come and go.
-                    if in_time and (self._shared is not False or self._loop.time() - arrived <= self._time_to_answer):
+                    if in_time and (self._shared is not False or now - arrived <= self._time_to_answer):
                         self._switch(True, "Redis answers")
                 else:
+                    if in_time:
+                        self.decided["redis"] += 1
+                        self.waits.add(now - arrived)
                     if self._shared is not False:  # by now the own buckets may hold more than this late answer knows of
                         self._known[key] = (debt_minute, debt_hour, limits, arrived)
                         if len(self._known) >= self._half_capacity:

@@ -117,6 +117,11 @@ class ProxyApp:
         return [deadline for deadline in watched if isinstance(deadline, Exchange)]
 
     @property
+    def routes(self) -> list[Route]:
+        """The services that were asked for so far."""
+        return [*self._routes.values()]
+
+    @property
     def open_connections(self) -> int:
         """To all services."""
         return sum(route.open_connections for route in self._routes.values())

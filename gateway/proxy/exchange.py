@@ -289,6 +289,7 @@ class Exchange:
             self._give_back(pool)
         context.status = status
         self._started = True
+        passed_at = self._now() if data and not complete and context.streamed else NEVER  # the last part of a stream
         await send({"type": "http.response.start", "status": status, "headers": headers})
         while True:
             context.bytes_out += len(data)
@@ -305,7 +306,11 @@ class Exchange:
             complete = connection.complete
             if complete:
                 self._give_back(pool)
-            self._expect(CLIENT_TOO_SLOW, self.route.service.timeouts.client)
+            passes_at = self._expect(CLIENT_TOO_SLOW, self.route.service.timeouts.client)
+            if data and context.streamed:
+                if passed_at != NEVER:
+                    self.route.gaps.add(passes_at - passed_at)
+                passed_at = passes_at
         context.cause = COMPLETED
         if events and ends_in_error(self._tail):
             context.cause, self._outcome = Cause.ERROR_EVENT, FAILURE
@@ -392,6 +397,7 @@ class Exchange:
         """Bound the time of an answer that is not known whole from its head; whether it is a stream of events."""
         timeouts = self.route.service.timeouts
         unbounded = connection.content_length is None
+        self.context.streamed = unbounded
         self._streams_events = unbounded and is_event_stream(connection.headers)
         self._answer_ends = self._now() + (timeouts.stream if unbounded else timeouts.answer)
         self._ends = ends = min(self._answer_ends, self._allowed_until)
@@ -485,12 +491,14 @@ class Exchange:
 
     # Time
 
-    def _expect(self, cause: Cause, seconds: float) -> None:
-        """From now on, ``seconds`` without another call of this means that ``cause`` ended the request."""
+    def _expect(self, cause: Cause, seconds: float) -> float:
+        """From now on, ``seconds`` without another call of this means that ``cause`` ended the request. Returns now."""
+        now: float = self._now()
         self._phase = cause
-        self._phase_ends = ends = self._now() + seconds
+        self._phase_ends = ends = now + seconds
         if ends < self.due:
             self.route.wheel.bring_forward(self, ends)
+        return now
 
     def expire(self) -> None:
         """The wheel's call: has a deadline passed, or is it only time to watch the client?"""

@@ -13,6 +13,7 @@ from gateway.problems import ForwardingError
 from gateway.proxy.headers import Header
 from gateway.proxy.pool import ConnectionPool
 from gateway.proxy.timers import TimerWheel
+from gateway.tally import GAPS, Tally
 
 if TYPE_CHECKING:
     from httpx import AsyncBaseTransport, AsyncClient
@@ -122,6 +123,7 @@ class Route:
         upstream: the httpx transport or client to reach it through, in place of connections of our own.
 
     Attributes:
+        gaps: seconds between two parts of a stream, as they pass; for whoever takes them.
         direct: nobody stands between us and the replicas, so that a WebSocket can have a connection of its own.
     """
 
@@ -144,6 +146,7 @@ class Route:
         self.limit_digits = len(str(service.max_body_bytes))  # a body's length of fewer is none too large
         self.replicas = Replicas(service.replicas, random)
         self.budget = RetryBudget()
+        self.gaps = Tally(GAPS)
         self.tls = tls_context(service.ca_file) if any(url.startswith("https:") for url in service.replicas) else None
         self.direct = upstream is None and service.proxy is None
         self._upstream = upstream
