@@ -16,6 +16,7 @@ from prometheus_client.registry import CollectorRegistry
 from prometheus_client.values import MultiProcessValue
 
 from gateway.backends.metric_files import AllWorkers, fold_in
+from gateway.backends.prometheus import MOST_CALLERS
 from tests.wire import call, connected, read_answer, reserved_port, service, until
 
 ROOT = Path(__file__).parent.parent
@@ -369,3 +370,21 @@ except OSError:
     assert count(directory) == (5, 5)
     fold_in(directory, 1)
     assert count(directory) == (5, 5)
+
+
+def test_workers_that_follow_one_another_name_no_more_callers_than_one_does(directory: Path) -> None:
+    program = """
+import os, sys
+from gateway.backends.prometheus import process_metrics
+metrics = process_metrics()
+for number in range(1500):
+    metrics.rate_limit_exceeded(f"{sys.argv[1]}:{number}")
+print(os.getpid())
+"""
+    for whose in ("first", "second"):
+        command = [sys.executable, "-W", "error", "-c", program, whose]
+        fold_in(directory, int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout))
+    refused = {labels: value for (name, labels), value in told(directory).items() if name.startswith("rate_limit_ex")}
+    assert len(refused) == MOST_CALLERS + 1
+    assert refused[frozenset({("identifier", "other")})] == 500 + 1500
+    assert sum(refused.values()) == 3000

@@ -68,7 +68,7 @@ class AllWorkers(Collector):
 def fold_in(directory: Path, pid: int) -> None:
     """Add up what a worker that has ended has counted with what others had before it; what it said of the present goes.
 
-    It is for one process at a time, the one that knows of the end before it lets another worker begin.
+    It is for one process, the one that starts the workers, before another of them can have the process ID.
 
     Raises:
         OSError: there is no room; nothing is lost, and the next call makes up for it.

@@ -72,7 +72,7 @@ def serve(
         port: its port.
         workers: processes that serve.
         certfile, keyfile: for TLS.
-        on_worker_exit: called here with the process ID of each worker that has ended, before another begins.
+        on_worker_exit: called here with the process ID of each worker that has ended, before another can have it.
 
     Returns:
         The exit status: 0 after a drain, 1 if nothing could be served.
