@@ -368,8 +368,11 @@ except OSError:
     done = subprocess.run([sys.executable, "-W", "error", "-c", program, str(directory)], cwd=ROOT, check=False)
     assert done.returncode == 7
     assert count(directory) == (5, 5)
+    work(1, requests=2)  # another of the same process ID
+    assert count(directory) == (7, 7)
     fold_in(directory, 1)
-    assert count(directory) == (5, 5)
+    assert count(directory) == (7, 7)
+    assert len([path for path in directory.iterdir() if not path.name.endswith(".unfinished")]) == 2
 
 
 def test_workers_that_follow_one_another_name_no_more_callers_than_one_does(directory: Path) -> None:

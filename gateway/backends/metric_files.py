@@ -73,21 +73,23 @@ def fold_in(directory: Path, pid: int) -> None:
     Raises:
         OSError: there is no room; nothing is lost, and the next call makes up for it.
     """
-    mark_process_dead(pid, str(directory))  # type: ignore[no-untyped-call]
+    with suppress(FileNotFoundError):  # a worker has been faster, and sees to the others
+        mark_process_dead(pid, str(directory))  # type: ignore[no-untyped-call]
+    files = _listed(directory)
     for kind in ADDED_UP:
-        _fold_in(directory, kind, pid)
+        generation = 1 + max((file.generation for file in files if file.kind == kind), default=0)
+        with suppress(FileNotFoundError):  # it had counted nothing
+            (directory / f"{kind}_{pid}.db").rename(directory / f"{kind}_{pid}-{generation}.db")
+    for kind in ADDED_UP:
+        _fold_in(directory, kind)
 
 
-def _fold_in(directory: Path, kind: str, pid: int) -> None:
-    files = [file for file in _listed(directory) if file.kind == kind]
-    count = _that_count(files)
+def _fold_in(directory: Path, kind: str) -> None:
+    files = [file for file in _listed(directory) if file.kind == kind and file.generation]
+    sources = _that_count(files)
     for file in files:
-        if file not in count:  # a call that was interrupted had come so far
+        if file not in sources:  # a call that was interrupted had come so far
             file.path.unlink()
-    generation = 1 + max((file.generation for file in count if file.whose == ARCHIVE), default=0)
-    with suppress(FileNotFoundError):
-        (directory / f"{kind}_{pid}.db").rename(directory / f"{kind}_{pid}-{generation}.db")
-    sources = [file for file in _listed(directory) if file.kind == kind and file.generation]
     if all(file.whose == ARCHIVE for file in sources):
         return
     totals: defaultdict[str, float] = defaultdict(float)
@@ -98,7 +100,7 @@ def _fold_in(directory: Path, kind: str, pid: int) -> None:
             totals[key] += value
     unfinished = directory / f"{kind}_{ARCHIVE}.unfinished"
     _write(unfinished, totals)
-    unfinished.rename(directory / f"{kind}_{ARCHIVE}-{generation}.db")
+    unfinished.rename(directory / f"{kind}_{ARCHIVE}-{max(file.generation for file in sources)}.db")
     # The old archive first: who has that, and no longer finds what was to be added to it, would miss it.
     for file in sorted(sources, key=lambda file: file.whose != ARCHIVE):
         file.path.unlink()
