@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic, sleep
 from typing import NamedTuple
 
 from prometheus_client import values
@@ -24,7 +25,8 @@ from prometheus_client.registry import Collector
 ADDED_UP = ("counter", "histogram", "summary")  # types whose values outlive their worker
 ARCHIVE = "archive"
 NAME = re.compile(r"([a-z]+)_(.+?)(?:-(\d+))?\.db")  # type, whose, generation
-ATTEMPTS = 100  # at reading while files come and go; a worker that starts or ends costs one or two
+PATIENCE = 5.0  # seconds of reading anew while files come and go; a worker that starts or ends costs a moment
+PAUSE = 0.001  # seconds before that
 ENTRY_BYTES = 28  # that an entry takes beside its key, at most (see MmapedDict)
 
 
@@ -53,16 +55,19 @@ class AllWorkers(Collector):
         self.directory = directory
 
     def collect(self) -> Iterable[Metric]:
-        for _ in range(ATTEMPTS):
+        give_up = monotonic() + PATIENCE
+        while True:
             files = _that_count(_listed(self.directory))
             try:  # what is empty is only just being made
                 paths = [str(file.path) for file in files if file.path.stat().st_size]
                 metrics: Iterable[Metric] = MultiProcessCollector.merge(paths)  # type: ignore[no-untyped-call]
+                if files == _that_count(_listed(self.directory)):  # else one may be another worker's by now
+                    return metrics
             except FileNotFoundError:
-                continue
-            if files == _that_count(_listed(self.directory)):  # else one may be another worker's by now, or was missed
-                return metrics
-        raise RuntimeError(f"The files of metrics in {self.directory} change all the time")
+                pass
+            if monotonic() > give_up:
+                raise RuntimeError(f"The files of metrics in {self.directory} change all the time")
+            sleep(PAUSE)
 
 
 def fold_in(directory: Path, pid: int) -> None:
