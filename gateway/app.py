@@ -222,7 +222,6 @@ class Gateway:
     async def _start(self, running: AsyncExitStack) -> None:
         """Start what runs beside the stack; ``running`` stops it in the opposite order."""
         settings, limiter = self.settings, self.limiter
-        running.callback(self.refresh)  # what was counted since the last time
         running.callback(self.sink.close)
         running.callback(configure_logging(self.sink, settings.log_level, settings.log_json))
         if not settings.redis_url and not settings.workers_known:
@@ -243,6 +242,7 @@ class Gateway:
             running.push_async_callback(qdrant.aclose)
             checks["qdrant"] = qdrant
         running.push_async_callback(self.proxy.aclose)
+        running.callback(self.refresh)  # what was counted since the last time
         health_checks = HealthChecks(self.health, checks, each_round=[self.refresh])
         running.push_async_callback(health_checks.aclose)
         await health_checks.start()
