@@ -79,9 +79,9 @@ class ChunkedBody:
             self._remaining = int(size, 16)
             self._reading = _CHUNK if self._remaining else _TRAILERS
         else:
-            name = line.partition(b":")[0]
-            if not name or name.translate(None, TOKEN):
-                raise MalformedError("body has a trailer with a malformed name")
+            name, colon, _ = line.partition(b":")
+            if not colon or not name or name.translate(None, TOKEN):
+                raise MalformedError("body has a malformed trailer")
         if self._overhead > MAX_CHUNK_OVERHEAD:
             raise MalformedError("body has too much framing")
 
