@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check lint format bench native pure lock redis cc wrk clean
+.PHONY: help demo test fuzz check lint format bench native pure lock redis cc wrk clean
 
 export DEBIAN_FRONTEND := noninteractive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -30,6 +30,9 @@ demo: .venv/.run ## the gateway on port 8080 before seven small stand-in AI serv
 
 test: .venv/.dev redis ## all tests; ARGS="-k breaker" picks some, COVERAGE=1 measures
 	@$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term) $(ARGS)
+
+fuzz: .venv/.dev ## each fuzzing test for FUZZ_SECONDS (60); ARGS="heads" picks some
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m tests.fuzz $(ARGS)
 
 check: COVERAGE := 1
 check: lint test ## formatting, lint, types, tests with coverage: what CI runs

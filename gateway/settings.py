@@ -580,12 +580,18 @@ def _text(value: Any) -> str:
     """A value of the file, as it would stand in the environment."""
     if isinstance(value, list):
         return ",".join(map(_text, value)) or "none"
-    return str(value).lower() if isinstance(value, bool) else str(value).strip()
+    try:
+        return str(value).lower() if isinstance(value, bool) else str(value).strip()
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number too long to write"  # which no setting takes
 
 
 def _read_toml(path: Path, mistakes: _Mistakes) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        mistakes.add(str(path), "a TOML file", "arrays or tables within one another without end")
+        return {}
     except (OSError, ValueError) as error:  # a missing file, bytes that are not UTF-8, a slip in the syntax
         mistakes.add(str(path), "a TOML file", str(getattr(error, "strerror", None) or error))
         return {}

@@ -215,6 +215,7 @@ LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n"
         CHUNKS + b"1234567890123456\r\n",
         CHUNKS + b"5\r\nhelloX\r\n",
         CHUNKS + b"0\r\nX : 1\r\n",
+        CHUNKS + b"0\r\nX\r\n\r\n",
         CHUNKS + b"0\r\nX: \0\r\n",
         LENGTH + b"X: y\r\n" * 101,
         LENGTH + b"X: " + b"y" * 65_536,

@@ -1,6 +1,7 @@
 """EDGE.md, line by line, from the client's bytes to the service's and back, through our own server and proxy.
 
-``LINES`` says where each line is tested; ``here`` stands for the tests below whose names or IDs begin with it.
+``LINES`` says where each line is tested; ``here`` stands for the tests below whose names or IDs begin with it, and
+``corpus`` for at least three cases of ``hostile_requests``.
 """
 
 import ast
@@ -23,6 +24,7 @@ from gateway.proxy.pool import ConnectionPool
 from gateway.server.protocol import GatewayProtocol
 from gateway.settings import Settings
 from tests.frames import TEXT, Frame, Raw, accepted, frame, handshake
+from tests.hostile_requests import CASES
 from tests.proxy_rig import Rig as ProxyRig
 from tests.proxy_rig import Seen
 from tests.wire import (
@@ -46,38 +48,64 @@ SOCKET = "test_websocket_proxy"
 UNSENT = "test_outbox::test_a_post_that_waited_on_a_connection_that_was_lost_is_sent_on_another"
 LEAVING = "test_cancellation::test_a_client_that_leaves_ends_its_request_within_250_ms"
 LINES = {
-    1: ["here"],
-    2: ["here", "test_proxy_headers::test_what_of_a_request_crosses_as_it_is"],
-    3: ["here"],
-    4: ["here"],
-    11: ["here", "test_server_protocol::test_look_alikes_of_fields_that_matter_are_dropped_and_others_kept"],
+    1: ["corpus", "here"],
+    2: ["corpus", "here", "test_proxy_headers::test_what_of_a_request_crosses_as_it_is"],
+    3: ["corpus", "here"],
+    4: ["corpus", "here"],
+    5: ["corpus"],
+    6: ["corpus"],
+    7: ["corpus"],
+    8: ["corpus"],
+    9: ["corpus", "test_server_refusals::test_a_malformed_head_is_refused_in_the_error_form_and_the_connection_closed"],
+    10: ["corpus"],
+    11: ["corpus", "here", "test_server_protocol::test_look_alikes_of_fields_that_matter_are_dropped_and_others_kept"],
+    12: ["corpus", "test_fuzz_bodies::test_framing_up_to_the_limit_is_the_same_wherever_it_is_cut"],
+    13: ["corpus", "test_fuzz_bodies::test_each_body_of_the_corpus_is_the_same_wherever_it_is_cut"],
+    14: ["corpus", "test_server_protocol::test_trailers_never_become_headers"],
     15: ["here", "test_proxy::test_every_framing_of_an_answer_reaches_the_client_whole"],
-    22: ["here", "test_server_protocol::test_the_authority_of_an_absolute_target_becomes_the_host"],
-    23: ["here", "test_server_refusals::test_a_405_says_what_is_allowed"],
-    24: ["here"],
-    25: ["here", "test_proxy::test_path_and_query_arrive_byte_for_byte"],
-    26: ["here", "test_services::test_no_accepted_path_leaves_its_prefix_however_often_it_is_decoded"],
-    27: ["here"],
-    28: ["here"],
-    29: ["here", "test_proxy_headers::test_a_trusted_proxys_claims_are_continued"],
-    30: ["here", "test_proxy_headers::test_a_strangers_claims_are_replaced"],
-    31: ["here", "test_proxy::test_a_request_that_came_through_this_gateway_before_is_508"],
+    16: ["corpus", "test_server_answers::test_bytes_after_the_last_request_are_ignored"],
+    17: ["corpus", "test_server_answers::test_requests_sent_at_once_are_answered_one_after_another_in_order"],
+    18: ["corpus", "test_server_answers::test_garbage_behind_a_request_is_refused_only_after_its_answer"],
+    19: ["corpus", "test_server_refusals::test_nothing_behind_a_refused_head_is_read"],
+    20: ["corpus"],
+    21: ["corpus"],
+    22: ["corpus", "here", "test_server_protocol::test_the_authority_of_an_absolute_target_becomes_the_host"],
+    23: ["corpus", "here", "test_server_refusals::test_a_405_says_what_is_allowed"],
+    24: ["corpus", "here"],
+    25: ["corpus", "here", "test_proxy::test_path_and_query_arrive_byte_for_byte"],
+    26: ["corpus", "here", "test_services::test_no_accepted_path_leaves_its_prefix_however_often_it_is_decoded"],
+    27: ["corpus", "here"],
+    28: ["corpus", "here"],
+    29: ["corpus", "here", "test_proxy_headers::test_a_trusted_proxys_claims_are_continued"],
+    30: ["corpus", "here", "test_proxy_headers::test_a_strangers_claims_are_replaced"],
+    31: ["corpus", "here", "test_proxy::test_a_request_that_came_through_this_gateway_before_is_508"],
     32: ["here"],
     33: ["here", "test_proxy::test_repeated_fields_keep_their_order"],
-    34: ["test_contract::test_a_well_formed_correlation_id_is_on_the_answer_and_at_the_service"],
-    35: ["here", "test_server_refusals::test_an_endless_head_is_refused_after_a_bounded_number_of_bytes"],
+    34: ["corpus", "test_contract::test_a_well_formed_correlation_id_is_on_the_answer_and_at_the_service"],
+    35: ["corpus", "here", "test_server_refusals::test_an_endless_head_is_refused_after_a_bounded_number_of_bytes"],
     36: ["here", "test_proxy_failures::test_an_answer_that_is_not_clean_http_becomes_502"],
     37: ["here"],
+    38: ["test_server_clients::test_a_head_that_takes_too_long_is_408"],
+    39: ["test_server_clients::test_a_body_that_stops_coming_is_408"],
+    40: ["test_server_clients::test_a_client_that_does_not_read_is_cut"],
+    41: ["test_server_clients::test_an_idle_connection_is_closed_silently"],
     42: [
         "test_proxy_failures::test_a_service_that_is_not_there_is_502_and_one_that_is_silent_504",
         "test_proxy_failures::test_a_stalled_answer_is_cut_and_a_stalled_stream_says_so_between_two_events",
         "test_proxy_failures::test_a_service_that_stops_taking_the_body_is_a_timeout_of_its_own",
         "test_proxy_failures::test_an_answer_that_drips_is_ended_by_the_time_for_the_whole",
     ],
-    43: ["here", "test_server_protocol::test_100_continue_is_sent_when_the_application_first_asks_for_the_body"],
-    44: ["test_server_refusals::test_a_malformed_head_is_refused_in_the_error_form_and_the_connection_closed"],
+    43: [
+        "corpus",
+        "here",
+        "test_server_protocol::test_100_continue_is_sent_when_the_application_first_asks_for_the_body",
+    ],
+    44: [
+        "corpus",
+        "test_server_refusals::test_a_malformed_head_is_refused_in_the_error_form_and_the_connection_closed",
+    ],
     45: ["here", "test_proxy::test_an_answer_before_the_body_is_up_passes"],
-    46: [LEAVING],
+    46: ["corpus", LEAVING],
     47: [LEAVING],
     48: ["here", "test_server_clients::test_a_client_that_half_closes_after_its_requests_is_answered"],
     49: ["here", "test_server_protocol::test_a_body_that_nobody_reads_holds_its_sender_back"],
@@ -92,10 +120,14 @@ LINES = {
     55: ["here"],
     56: ["test_proxy_failures::test_bytes_behind_an_answer_never_reach_another_client", UNSENT],
     57: ["here", f"{SOCKET}::test_a_handshake_that_is_not_accepted_never_hangs"],
-    58: ["here", "test_server_websocket::test_frames_before_a_websocket_is_accepted_are_bounded_and_dropped_with_it"],
+    58: [
+        "corpus",
+        "here",
+        "test_server_websocket::test_frames_before_a_websocket_is_accepted_are_bounded_and_dropped_with_it",
+    ],
     59: ["here", "test_proxy::test_head_and_304_keep_their_length_and_have_no_body"],
     60: ["here"],
-    61: ["here"],
+    61: ["corpus", "here"],
     62: ["here"],
     63: ["here"],
     64: ["test_proxy_retries::test_a_stale_connection_costs_a_get_nothing_and_a_post_is_never_sent_twice", UNSENT],
@@ -105,23 +137,39 @@ LINES = {
     ],
     66: ["test_pool::test_a_connection_that_the_service_closed_is_not_used_again"],
     67: ["test_retry::test_retries_are_at_most_a_fifth_of_the_requests_and_twenty"],
-    68: ["test_contract::test_garbage_and_departures_of_clients_move_no_breaker"],
+    68: [
+        "test_hostile_clients::test_a_hostile_request_is_refused_or_arrives_in_one_form_however_it_is_cut",
+        "test_contract::test_garbage_and_departures_of_clients_move_no_breaker",
+    ],
     69: ["here"],
     70: ["here"],
     71: [
+        "corpus",
         f"{SOCKET}::test_close_codes_and_reasons_cross_both_ways",
         f"{SOCKET}::test_a_client_that_breaks_the_rules_is_told_how",
         f"{SOCKET}::test_only_a_subprotocol_that_the_client_offered_is_agreed_to",
         f"{SOCKET}::test_a_refusal_reaches_the_client_as_it_is_and_the_services_connection_is_closed",
         f"{SOCKET}::test_pings_are_answered_at_both_ends_even_within_a_message",
     ],
+    72: ["test_server_drain::test_a_server_that_leaves_finishes_what_is_in_flight_and_closes_what_is_idle"],
+    73: ["test_server_refusals::test_connections_beyond_the_cap_are_told_so"],
+    74: ["test_access_log::test_a_query_is_never_logged"],
+    75: ["test_access_log::test_whatever_a_path_holds_makes_one_short_line"],
 }
+
+
+def test_no_line_is_left_out() -> None:
+    assert list(LINES) == list(range(1, 76))
+    assert LINES.keys() >= {case.line for case in CASES}
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_each_line_has_its_tests(line: int) -> None:
     assert LINES[line]
     for place in LINES[line]:
+        if place == "corpus":
+            assert sum(case.line == line for case in CASES) >= 3
+            continue
         if place == "here":
             assert any(name.startswith(f"test_line_{line}_") for name in globals()) or any(
                 number == line

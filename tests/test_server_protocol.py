@@ -149,6 +149,7 @@ async def test_trailers_never_become_headers() -> None:
         b"5;" + b"a" * 5000,
         b"5;" + b"a" * 5000 + b"\r\nhello\r\n",
         b"0\r\nno colon but a space\r\n",
+        b"0\r\nno-colon\r\n\r\n",
         b"0\r\nX: a\nb\r\n\r\n",
         b"0\r\n" + b"X: a\r\n" * 1000,
         b"1;" + b"a" * 3000 + b"\r\nx\r\n1;" + b"a" * 3000 + b"\r\nx\r\n",

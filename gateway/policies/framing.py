@@ -68,30 +68,35 @@ class ChunkedBody:
                 raise MalformedError("body has a chunk that does not end where it should")
             self._reading = _SIZE
             return
-        self._overhead += len(line) + 2
+        self._overhead = self._overhead_with(line)
         if len(line.translate(None, CONTROLS)) != len(line):
             raise MalformedError("body has a control character in its framing")
         if self._reading == _SIZE:
-            self._overhead -= min(len(line) + 2, ALLOWED_PER_CHUNK)
             size = _size(line)
             if not size:
                 raise MalformedError("body has a chunk without a size")
             self._remaining = int(size, 16)
             self._reading = _CHUNK if self._remaining else _TRAILERS
         else:
-            name = line.partition(b":")[0]
-            if not name or name.translate(None, TOKEN):
-                raise MalformedError("body has a trailer with a malformed name")
+            name, colon, _ = line.partition(b":")
+            if not colon or not name or name.translate(None, TOKEN):
+                raise MalformedError("body has a malformed trailer")
         if self._overhead > MAX_CHUNK_OVERHEAD:
             raise MalformedError("body has too much framing")
+
+    def _overhead_with(self, line: bytes) -> int:
+        size = len(line) + 2
+        return self._overhead + (max(0, size - ALLOWED_PER_CHUNK) if self._reading == _SIZE else size)
 
     def _look_at_partial(self, line: bytes) -> None:
         if line.endswith(b"\r"):
             line = line[:-1]
-        if len(line) > MAX_CHUNK_OVERHEAD:
-            raise MalformedError("body has too much framing")
-        if line and (self._reading == _CHUNK_END or len(line.translate(None, CONTROLS)) != len(line)):
+        if not line:
+            return
+        if self._reading == _CHUNK_END or len(line.translate(None, CONTROLS)) != len(line):
             raise MalformedError("body has malformed framing")
+        if self._overhead_with(line) > MAX_CHUNK_OVERHEAD:
+            raise MalformedError("body has too much framing")
         if self._reading == _SIZE:
             _size(line)
 

@@ -342,7 +342,7 @@ class Exchange:
         head += FIRST_ATTEMPT if attempts == 1 else b"x-gateway-attempt: %d\r\n" % attempts
         if not self._uploaded:
             length = fields.length
-            framing = b"transfer-encoding: chunked\r\n" if length is None else b"content-length: %b\r\n" % length
+            framing = b"transfer-encoding: chunked\r\n" if length is None else b"content-length: %d\r\n" % int(length)
             connection.request(scope["method"].encode(), target, host, head, framing, b"")
             self._streamed = True
             self._listen(partial(self._upload, connection))
