@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from urllib.parse import quote
@@ -160,17 +160,21 @@ async def test_a_pod_that_can_not_reach_the_service_opens_alone(redis: RedisServ
             assert (await cut_off.status())["times_opened"] == 3
 
 
+async def all_open_and_one_recovers(first: Pod, others: Sequence[Pod], upstream: Service) -> None:
+    await first.fails(5)
+    await first.status()
+    for pod in others:
+        await pod.fails(1)
+    for pod in (first, *others):  # none is open any more
+        await pod.shows(state="half_open")
+    upstream.handler = reply(OK)
+    for _ in range(2):
+        assert (await first.call()).status == 200
+
+
 async def test_a_closing_closes_the_peers_that_were_half_open(redis: RedisServer) -> None:
     async with three(redis, CIRCUIT_BREAKER_TIMEOUT="0.3") as ((first, *others), upstream):
-        await first.fails(5)
-        await first.status()
-        for pod in others:
-            await pod.fails(1)
-        for pod in (first, *others):  # none is open any more
-            await pod.shows(state="half_open")
-        upstream.handler = reply(OK)
-        for _ in range(2):
-            assert (await first.call()).status == 200
+        await all_open_and_one_recovers(first, others, upstream)
         assert (await first.status()).items() >= {"state": "closed", "workers": "3 of 3"}.items()
 
 
@@ -187,15 +191,7 @@ async def test_what_was_heard_is_not_told_on(redis: RedisServer) -> None:
                     kinds.append(orjson.loads(message["data"])["kind"])
                 return [kind for kind in kinds if kind != "status"]
 
-            await first.fails(5)
-            await first.status()
-            for pod in others:
-                await pod.fails(1)
-            for pod in (first, *others):  # none is open any more
-                await pod.shows(state="half_open")
-            upstream.handler = reply(OK)
-            for _ in range(2):
-                assert (await first.call()).status == 200
+            await all_open_and_one_recovers(first, others, upstream)
             assert await told() == ["alarm", "closing"]
             assert (await first.status())["state"] == "closed"
             await others[0].reset()

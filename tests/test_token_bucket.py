@@ -291,20 +291,26 @@ def test_a_decision_is_what_exact_fractions_say(
     assert take(state, limits, max(0, last + gap), cost) == exactly(state, limits, max(0, last + gap), cost)
 
 
-@given(limits, seqs, st.integers(1, 8))
-def test_a_share_is_as_far_from_full_as_the_whole_in_whole_units_rounded_up(
-    limits: Limits, gaps: list[int], workers: int
-) -> None:
+def after(gaps: list[int], limits: Limits) -> State:
+    """What buckets hold after requests so many microseconds apart."""
     state, now = FULL, START
     for gap in gaps:
         now += gap
         state, _ = take(state, limits, now)
-    part = share(limits, workers)
+    return state
+
+
+@given(limits, seqs, st.integers(1, 8))
+def test_a_share_is_as_far_from_full_as_the_whole_in_whole_units_rounded_up(
+    limits: Limits, gaps: list[int], workers: int
+) -> None:
+    state, part = after(gaps, limits), share(limits, workers)
     expected = [
         ceil(Fraction(debt * to.tokens, whole.tokens)) if whole and to else 0
         for debt, whole, to in ((state[0], limits.minute, part.minute), (state[1], limits.hour, part.hour))
     ]
-    assert rescale(state, limits, part, now + 1) == (*expected, now + 1)
+    later = START + sum(gaps) + 1
+    assert rescale(state, limits, part, later) == (*expected, later)
 
 
 def test_a_bucket_that_is_off_or_denies_all_has_no_debt_to_share() -> None:
@@ -357,11 +363,7 @@ def test_the_shares_of_all_workers_do_not_exceed_the_limit(limits: Limits, worke
 def test_a_share_begun_from_the_whole_promises_no_more_and_is_full_no_later(
     limits: Limits, gaps: list[int], workers: int
 ) -> None:
-    state, now = FULL, START
-    for gap in gaps:
-        now += gap
-        state, _ = take(state, limits, now)
-    part = share(limits, workers)
+    state, part = after(gaps, limits), share(limits, workers)
     scaled = rescale(state, limits, part, state[2])
     whole_left = take(state, limits, state[2], cost=0)[1]
     part_left = take(scaled, part, state[2], cost=0)[1]
