@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from math import inf
+from typing import ClassVar
 
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})  # RFC 9110, 9.2.2
 TRANSIENT = frozenset({500, 502, 503, 504})  # other 5xx say what no repetition changes
@@ -84,9 +85,9 @@ class RetryBudget:
     ``now`` is monotonic seconds.
     """
 
-    PRICE = 5  # deposits a retry; whole numbers, so that nothing is lost in rounding
-    LIFETIME = 10  # seconds
-    RESERVE = 10.0
+    PRICE: ClassVar[int] = 5  # deposits a retry; whole numbers, so that nothing is lost in rounding
+    LIFETIME: ClassVar[int] = 10  # seconds
+    RESERVE: ClassVar[float] = 10.0
 
     def __init__(self) -> None:
         self._deposits = [0] * self.LIFETIME  # by second, the newest at `_second % LIFETIME`
